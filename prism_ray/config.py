@@ -1,0 +1,433 @@
+"""Every setting once: meaning, unit, default, check, and whether it affects the output.
+
+Plain dataclasses, no Hydra. `cli.py` composes them from `conf/`; a stage gets its own part, a method plain arguments.
+A setting that affects the output is part of `config_hash`, which names the run; one that does not (where the run is
+stored, how many workers compute it, how long they may take) can change between two calls of the same run.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from prism_ray.errors import InputError
+
+Check = tuple[Callable[[Any], bool], str]
+
+at_least_one: Check = (lambda v: v >= 1, "an integer of at least 1")
+not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "a finite number of at least 0")
+positive: Check = (lambda v: math.isfinite(v) and v > 0, "a finite number above 0")
+fraction: Check = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
+open_fraction: Check = (lambda v: 0 < v < 1, "a number between 0 and 1, ends excluded")
+gray_or_rgb: Check = (lambda v: v in (1, 3), "1 (gray) or 3 (RGB)")
+two_betas: Check = (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
+not_empty: Check = (lambda v: len(v) > 0, "at least one entry")
+distinct: Check = (lambda v: len(set(v)) == len(v) > 0, "at least one entry, none of them twice")
+plain_name: Check = (
+    lambda v: 0 < len(v) <= 128 and all(c.isascii() and (c.isalnum() or c in "._-") for c in v) and v[0] not in ".-",
+    "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
+)
+
+
+def setting(default: Any = ..., *, doc: str, check: Check | None = None, output: bool = True) -> Any:
+    """A dataclass field with its meaning. `output=False`: changing it never changes a byte of the result."""
+    metadata = {"doc": doc, "check": check, "output": output}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Source(Enum):
+    """Where real images come from."""
+
+    digits = "digits"
+    fashion_mnist = "fashion_mnist"
+    image_folder = "image_folder"
+    parquet = "parquet"
+
+
+class Engine(Enum):
+    """How a unit's images are made: optimized (inversion), or real ones taken as they are (the control)."""
+
+    inversion = "inversion"
+    real = "real"
+
+
+class Init(Enum):
+    """What an optimized image starts from."""
+
+    real = "real"
+    noise = "noise"
+
+
+class Selection(Enum):
+    """Which real images are taken: the first of each class in source order, or a seeded draw."""
+
+    first = "first"
+    random = "random"
+
+
+class ClassOrder(Enum):
+    """How class ids are cut into batches: consecutive, after a seeded permutation, or every n-th."""
+
+    sorted = "sorted"
+    permuted = "permuted"
+    strided = "strided"
+
+
+class StatisticsRole(Enum):
+    """Whose batch-norm statistics are matched: the primary's alone, or also those of randomly filled slots."""
+
+    primary = "primary"
+    bernoulli_slots = "bernoulli_slots"
+
+
+class Cadence(Enum):
+    """When the statistics teachers are drawn again (`slice` and `batch`: before optimization; others: during it)."""
+
+    slice = "slice"
+    batch = "batch"
+    every_n = "every_n"
+    iteration = "iteration"
+
+
+class LabelKind(Enum):
+    """What a student learns from: the label teachers' logits, or the class alone."""
+
+    soft = "soft"
+    hard = "hard"
+
+
+class SoftLoss(Enum):
+    """Loss against soft labels: KL divergence at a temperature, or MSE of logits plus weighted cross-entropy."""
+
+    kl = "kl"
+    mse_ce = "mse_ce"
+
+
+class Schedule(Enum):
+    """Learning-rate schedule of a student: cosine to 0, or half a cosine that ends at one half."""
+
+    cosine = "cosine"
+    half_cosine = "half_cosine"
+
+
+class Executor(Enum):
+    """Where units run: in this process (the reference), or on Ray actors."""
+
+    inline = "inline"
+    ray = "ray"
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    name: str = setting(doc="name in tables, paths and the data-set card", check=plain_name)
+    source: Source = setting(doc="kind of source")
+    path: str | None = setting(None, doc="folder or URL; null where the source is found by itself", output=False)
+    image_size: int = setting(doc="side of the square images, pixels", check=at_least_one)
+    channels: int = setting(3, doc="1 gray, 3 RGB", check=gray_or_rgb)
+    pad: int = setting(0, doc="zero padding on every side before resizing, pixels", check=not_negative)
+    test_fraction: float = setting(
+        0.2, doc="held-out share of each class where the source has no test split", check=open_fraction
+    )
+    split_seed: int = setting(0, doc="seed of that split")
+    image_column: str = setting("image", doc="image column of a parquet source", check=not_empty)
+    label_column: str = setting("label", doc="label column of a parquet source", check=not_empty)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    source: str = setting(
+        "train",
+        doc="'train' (here, on the data set), 'timm:NAME', or a folder in timm's local-dir form",
+        check=not_empty,
+    )
+    arch: str | None = setting(None, doc="architecture, for 'train': any timm name or one of prism_ray.models")
+    model_args: dict[str, Any] = setting({}, doc="arguments of that architecture")
+    batch_norm: bool = setting(True, doc="whether the network has batch norm; verified when it is built")
+    allow_pickle: bool = setting(False, doc="accept pickled weights (loaded with weights_only)", output=False)
+
+
+@dataclass(kw_only=True)
+class TeachersConfig:
+    models: dict[str, TeacherConfig] = setting(doc="every teacher of this run by name", check=not_empty)
+    primary: str = setting(doc="the teacher whose logits guide synthesis", check=not_empty)
+    pool: list[str] = setting(doc="teachers that may serve statistics; holds the primary", check=distinct)
+    min_accuracy: float = setting(0.5, doc="held-out top-1 below which a teacher is refused", check=fraction)
+
+
+@dataclass(kw_only=True)
+class TeachConfig:
+    epochs: int = setting(30, doc="passes over the training split", check=at_least_one)
+    batch_size: int = setting(128, doc="images per step", check=at_least_one)
+    lr: float = setting(0.01, doc="peak learning rate of AdamW, one-cycle", check=positive)
+    weight_decay: float = setting(0.01, doc="of parameters with more than one dimension", check=not_negative)
+    crop_area_min: float = setting(0.5, doc="smallest share of the image's area in a training crop", check=fraction)
+    flip_probability: float = setting(0.5, doc="of a horizontal flip", check=fraction)
+    seed: int = setting(0, doc="seed of initial weights, order and crops")
+    checkpoint_every: int = setting(200, doc="steps between checkpoints", check=at_least_one, output=False)
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    name: str = setting(doc="name of the preset, in tables and rows", check=plain_name)
+    engine: Engine = setting(Engine.inversion, doc="how images are made")
+    init: Init = setting(Init.real, doc="what an optimized image starts from")
+    selection: Selection = setting(Selection.first, doc="which real images are taken")
+    iterations: int = setting(4000, doc="optimization steps of slice 0", check=at_least_one)
+    budget_decay: float = setting(0.0, doc="share of `iterations` dropped per slice", check=fraction)
+    budget_period: int = setting(8, doc="slices after which the budget starts again", check=at_least_one)
+    lr: float = setting(0.05, doc="Adam's learning rate, in units of the data set's standard deviation", check=positive)
+    adam_betas: list[float] = setting([0.5, 0.9], doc="Adam's betas", check=two_betas)
+    statistics_role: StatisticsRole = setting(StatisticsRole.primary, doc="whose statistics are matched")
+    statistics_slots: int = setting(3, doc="optional slots for auxiliary teachers", check=at_least_one)
+    statistics_probability: float = setting(0.5, doc="that a slot is filled", check=fraction)
+    cadence: Cadence = setting(Cadence.slice, doc="when the statistics teachers are drawn")
+    cadence_every: int = setting(100, doc="iterations between draws, for cadence every_n", check=at_least_one)
+    count_bn_free_teachers: bool = setting(
+        True, doc="divide the statistics term also by teachers without batch norm, as released"
+    )
+    bn_weight: float = setting(0.01, doc="r, the weight of the statistics term", check=not_negative)
+    first_bn_multiplier: float = setting(
+        10.0, doc="weight of each teacher's first batch-norm layer", check=not_negative
+    )
+    batch_size: int = setting(100, doc="classes per batch, one image of each", check=at_least_one)
+    class_order: ClassOrder = setting(ClassOrder.sorted, doc="how classes are cut into batches")
+    crop_area_min: float = setting(0.08, doc="smallest share of the area in a random crop", check=fraction)
+    flip_probability: float = setting(0.5, doc="of a horizontal flip", check=fraction)
+    roll_max: int = setting(32, doc="largest cyclic shift per axis, pixels", check=not_negative)
+    antialias: bool = setting(False, doc="antialiased resizing of crops; the released results predate it")
+
+
+@dataclass(kw_only=True)
+class LabelsConfig:
+    teachers: list[str] = setting([], doc="label teachers, their logits averaged; empty: the primary")
+    views: int = setting(100, doc="stored views of each image", check=at_least_one)
+    crop_area_min: float = setting(0.25, doc="smallest share of the area in a view's crop", check=fraction)
+    flip_probability: float = setting(0.5, doc="of a horizontal flip", check=fraction)
+    cutmix: bool = setting(True, doc="paste a box of another image of the same shard into every view")
+    batch_size: int = setting(512, doc="views per forward pass", check=at_least_one)
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    arch: str = setting(doc="any timm name or one of prism_ray.models", check=not_empty)
+    model_args: dict[str, Any] = setting({}, doc="arguments of that architecture")
+    seeds: list[int] = setting([0, 1, 2], doc="one student per seed and label kind", check=distinct)
+    labels: list[LabelKind] = setting(
+        [LabelKind.soft, LabelKind.hard], doc="label kinds, a student of each", check=distinct
+    )
+    steps: int = setting(1000, doc="optimization steps, the same for every method", check=at_least_one)
+    batch_size: int = setting(50, doc="images per step; labels fit any", check=at_least_one)
+    lr: float = setting(0.001, doc="peak learning rate of AdamW", check=positive)
+    weight_decay: float = setting(0.01, doc="of parameters with more than one dimension", check=not_negative)
+    schedule: Schedule = setting(Schedule.cosine, doc="learning-rate schedule")
+    soft_loss: SoftLoss = setting(SoftLoss.kl, doc="loss against soft labels")
+    temperature: float = setting(4.0, doc="of the KL loss", check=positive)
+    ce_weight: float = setting(0.1, doc="of the cross-entropy in mse_ce", check=not_negative)
+    checkpoint_every: int = setting(500, doc="steps between checkpoints", check=at_least_one, output=False)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    feature_model: str | None = setting(
+        None, doc="teacher outside the pool whose features measure diversity; null: the primary"
+    )
+
+
+@dataclass(kw_only=True)
+class ComputeConfig:
+    executor: Executor = setting(Executor.ray, doc="in this process, or on Ray actors", output=False)
+    address: str | None = setting(
+        None, doc="Ray cluster to join; null: RAY_ADDRESS if set, else a local one", output=False
+    )
+    cpus: int | None = setting(None, doc="logical CPUs of a local cluster; null: the machine's", output=False)
+    actors: int | None = setting(None, doc="actors; null: as many as fit", output=False)
+    cpus_per_actor: float = setting(0.5, doc="logical CPUs reserved by an actor", check=positive, output=False)
+    gpus_per_actor: float = setting(
+        0.0, doc="GPUs of an actor, fractions below 1 allowed", check=not_negative, output=False
+    )
+    train_workers: int | None = setting(
+        None, doc="workers that share a list of networks to train; null: as many as fit", output=False
+    )
+    gpus_per_train_worker: float = setting(0.0, doc="GPUs of a training worker", check=not_negative, output=False)
+    threads: int = setting(1, doc="CPU threads of every computation; part of the plan", check=at_least_one)
+    max_attempts: int = setting(3, doc="tries of a unit before it is quarantined", check=at_least_one, output=False)
+    unit_timeout_s: float = setting(
+        3600.0, doc="without any finished unit for this long, the run fails", check=positive, output=False
+    )
+    lease_s: float = setting(
+        30.0, doc="silence after which another driver's lock may be taken over", check=positive, output=False
+    )
+
+
+@dataclass(kw_only=True)
+class Config:
+    recipe_name: str = setting(doc="name of the recipe, first part of the run id", check=plain_name)
+    run_id: str | None = setting(None, doc="name of the run; null: recipe, method and config hash", output=False)
+    seed: int = setting(0, doc="seed of the run: every other seed of it is derived from this one")
+    images_per_class: int | None = setting(
+        10, doc="synthetic images of each class; null: all real ones (engine real only)"
+    )
+    storage: str = setting("outputs", doc="folder that holds runs/ and artifacts/", check=not_empty, output=False)
+    stages: list[str] = setting([], doc="stages to run, in pipeline order; empty: all", output=False)
+    strict: bool = setting(False, doc="in jobs: report quarantined units as failure", output=False)
+    max_images: int = setting(2_000_000, doc="refuse a plan of more images than this", check=at_least_one, output=False)
+    repair: bool = setting(False, doc="verify: recompute what is damaged at once", output=False)
+    dataset: DatasetConfig = setting(doc="real data")
+    teachers: TeachersConfig = setting(doc="trained classifiers")
+    teach: TeachConfig = setting(TeachConfig, doc="training of teachers")
+    method: MethodConfig = setting(doc="synthesis")
+    labels: LabelsConfig = setting(LabelsConfig, doc="soft labels")
+    student: StudentConfig = setting(doc="students")
+    evaluate: EvaluateConfig = setting(EvaluateConfig, doc="measurements")
+    compute: ComputeConfig = setting(ComputeConfig, doc="where and how")
+
+
+STAGES = ("prepare", "teach", "synthesize", "relabel", "distill", "evaluate", "report")
+
+
+def plain(value: Any) -> Any:
+    """A setting's value as JSON-ready data: dataclasses become dicts, enum members their names."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf setting as (dotted key, value, field metadata), depth first in declaration order."""
+    for f in fields(config):
+        key, value = f"{prefix}{f.name}", getattr(config, f.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{key}.")
+        elif isinstance(value, dict) and any(is_dataclass(v) for v in value.values()):
+            yield key, value, f.metadata
+            for name, entry in value.items():
+                yield from walk(entry, f"{key}.{name}.")
+        else:
+            yield key, value, f.metadata
+
+
+def output_settings(config: Config) -> dict[str, Any]:
+    """The settings that affect the output, by dotted key, JSON-ready."""
+    return {
+        key: plain(value)
+        for key, value, metadata in walk(config)
+        if metadata["output"] and not (isinstance(value, dict) and any(is_dataclass(v) for v in value.values()))
+    }
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits over the settings that affect the output; the same for every machine, storage and worker count."""
+    return content_hash(output_settings(config))
+
+
+def content_hash(content: Any) -> str:
+    """16 hex digits over JSON-ready content in canonical form."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def run_id(config: Config) -> str:
+    """The run's name: as set, or recipe, method and config hash, so that the same command finds the same run."""
+    return config.run_id or f"{config.recipe_name}-{config.method.name}-{config_hash(config)[:12]}"
+
+
+def check_config(config: Config) -> None:
+    """Refuse settings out of range or at odds with each other.
+
+    Raises:
+        InputError: one line that names the setting, its value, what was expected and what to do.
+    """
+    for key, value, metadata in walk(config):
+        _check_value(key, value, metadata["check"])
+    if config.run_id is not None:
+        _check_value("run_id", config.run_id, plain_name)
+    for name in config.teachers.models:
+        _check_value(f"teachers.models.{name}", name, plain_name)
+    _check_stages(config)
+    _check_teachers(config)
+    _check_images(config)
+
+
+def _check_value(key: str, value: Any, check: Check | None) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value}: not a finite number; give one")
+    if check is None or value is None:
+        return
+    accepts, expected = check
+    if not accepts(value):
+        raise InputError(f"{key}={plain(value)}: not allowed; expected {expected}")
+
+
+def _check_stages(config: Config) -> None:
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise InputError(f"stages: {stage!r} is unknown; known: {', '.join(STAGES)}")
+
+
+def _check_teachers(config: Config) -> None:
+    teachers, method = config.teachers, config.method
+    known = ", ".join(sorted(teachers.models))
+    named = {
+        "teachers.primary": [teachers.primary],
+        "teachers.pool": teachers.pool,
+        "labels.teachers": config.labels.teachers,
+        "evaluate.feature_model": [config.evaluate.feature_model] if config.evaluate.feature_model else [],
+    }
+    for key, names in named.items():
+        for name in names:
+            if name not in teachers.models:
+                raise InputError(f"{key}: teacher {name!r} is unknown; known: {known}; add it under teachers.models")
+    if teachers.primary not in teachers.pool:
+        raise InputError(f"teachers.pool={teachers.pool}: lacks the primary {teachers.primary!r}; add it")
+    for name, teacher in teachers.models.items():
+        if teacher.source == "train" and teacher.arch is None:
+            raise InputError(f"teachers.models.{name}.arch: missing; a teacher trained here needs an architecture")
+    if method.engine is not Engine.inversion:
+        return
+    auxiliaries = len(teachers.pool) - 1
+    if method.statistics_role is StatisticsRole.bernoulli_slots and method.statistics_slots > auxiliaries:
+        raise InputError(
+            f"method.statistics_slots={method.statistics_slots}: more than the {auxiliaries} auxiliary teachers of "
+            "teachers.pool; lower it or add teachers"
+        )
+    if method.statistics_role is StatisticsRole.primary and not teachers.models[teachers.primary].batch_norm:
+        raise InputError(
+            f"teachers.primary={teachers.primary!r}: has no batch norm and is the only statistics teacher of method "
+            f"{method.name!r}; choose a primary with batch norm or statistics_role=bernoulli_slots"
+        )
+    if not any(teachers.models[name].batch_norm for name in teachers.pool):
+        raise InputError("teachers.pool: no teacher in it has batch norm, so there are no statistics to match; add one")
+
+
+def _check_images(config: Config) -> None:
+    if config.images_per_class is None:
+        if config.method.engine is not Engine.real:
+            raise InputError(
+                "images_per_class=null: means all real images and needs method.engine=real; give a number of at least 1"
+            )
+    elif config.images_per_class < 1:
+        raise InputError(f"images_per_class={config.images_per_class}: not allowed; expected an integer of at least 1")
+    elif config.images_per_class > config.max_images:
+        raise InputError(
+            f"images_per_class={config.images_per_class}: more than max_images={config.max_images} in one class alone; "
+            "lower it, or raise max_images if you mean it"
+        )
+    if config.dataset.pad and config.dataset.image_size <= 2 * config.dataset.pad:
+        raise InputError(
+            f"dataset.pad={config.dataset.pad}: leaves no image within image_size={config.dataset.image_size}"
+        )

@@ -1,0 +1,278 @@
+"""A real data set as one parquet contract, whatever it was made from: prepared once, read by every stage.
+
+    <artifacts>/datasets/<name>-<hash>/
+        train-00000.parquet ...  test-00000.parquet ...     `schema.REAL_COLUMNS`, PNG, Hugging Face metadata
+        dataset.json                                        written last: names, counts, statistics, checksums
+
+The hash covers the settings that affect the pixels and a fingerprint of the source's files. The folder is built beside
+its place and renamed into it, so it is complete or absent, and preparing it twice at once is harmless.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism_ray import schema
+from prism_ray.config import DatasetConfig, content_hash, plain, walk
+from prism_ray.data.pixels import decode_png, fit
+from prism_ray.data.publish import published_folder, write_durably
+from prism_ray.data.records import SPLITS, RealImage, RealSource, Split
+from prism_ray.data.shards import ShardFile, SplitSummary, write_split
+from prism_ray.data.sources import open_source
+from prism_ray.errors import InputError, PrismError, one_line
+
+SUMMARY = "dataset.json"
+
+
+def check_dataset(dataset: DatasetConfig) -> None:
+    """Look at a bounded sample of the source, for at most about two seconds; the full scan belongs to preparing.
+
+    Raises:
+        InputError: one line that names the setting, file or class that is wrong and what to do.
+    """
+    open_source(dataset).check()
+
+
+def prepare_dataset(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDataset":
+    """The prepared data set of these settings and this source, made if it is not there yet.
+
+    Raises:
+        InputError: the source is missing, damaged or unusable; names the file, image or class.
+    """
+    source = open_source(dataset)
+    fingerprint = source.fingerprint()
+    folder = Path(artifacts_dir) / "datasets" / f"{dataset.name}-{_dataset_hash(dataset, fingerprint)}"
+    if not (folder / SUMMARY).exists():
+        source.check()
+        with published_folder(folder, marker=SUMMARY) as building:
+            summary = _write(source, dataset, building) | {"source_fingerprint": fingerprint}
+            write_durably(building / SUMMARY, _json_lines(summary))
+    return PreparedDataset.open(folder)
+
+
+def class_names_hash(class_names: Sequence[str]) -> str:
+    """16 hex digits over class names in order: equal where a classifier and a data set mean the same classes."""
+    return content_hash(list(class_names))
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A prepared folder. Opening reads `dataset.json` and file sizes only; tables are read when asked for."""
+
+    folder: Path
+    name: str
+    class_names: list[str]
+    image_size: int  # pixels
+    channels: int
+    counts: dict[Split, list[int]]  # images of each class
+    mean: list[float]  # of the train split per channel, in [0, 1]
+    std: list[float]
+    split: dict[str, Any]  # how the test split came about
+    files: list[ShardFile]
+
+    @classmethod
+    def open(cls, folder: Path) -> "PreparedDataset":
+        """Raises `PrismError` if the folder is not a complete prepared data set of a known version."""
+        folder = Path(folder)
+        try:
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            if summary["version"] > schema.VERSION:
+                raise PrismError(
+                    f"data set {str(folder)!r}: version {summary['version']} is newer than {schema.VERSION}, "
+                    "the newest known; update prism_ray"
+                )
+            files = [ShardFile(**file) for file in summary.pop("files")]
+            dataset = cls(folder, files=files, **{key: summary[key] for key in _SUMMARY_FIELDS})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrismError(
+                f"data set {str(folder)!r}: not a prepared data set ({one_line(error)}); "
+                "delete the folder and prepare again"
+            ) from error
+        for file in files:
+            path = folder / file.name
+            if not path.is_file() or path.stat().st_size != file.size_bytes:
+                raise PrismError(
+                    f"data set {str(folder)!r}: {file.name} is missing or has the wrong size; "
+                    f"expected {file.size_bytes} bytes; delete the folder and prepare again"
+                )
+        return dataset
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """16 hex digits over everything a stage can see: classes, image shape and the bytes of every file."""
+        return content_hash(
+            {
+                "class_names": self.class_names,
+                "image_size": self.image_size,
+                "channels": self.channels,
+                "files": [[file.split, file.sha256] for file in self.files],
+            }
+        )
+
+    @cached_property
+    def class_names_hash(self) -> str:
+        """See the function of the same name."""
+        return class_names_hash(self.class_names)
+
+    def num_images(self, split: Split) -> int:
+        return sum(self.counts[split])
+
+    def paths(self, split: Split) -> list[Path]:
+        """The parquet files of a split, in order."""
+        return [self.folder / file.name for file in self.files if file.split == split]
+
+    def labels(self, split: Split) -> np.ndarray:
+        """Class ids in source order: int64 (N,)."""
+        return self._column(split, "label").to_numpy()
+
+    def image_ids(self, split: Split) -> list[str]:
+        """Names of the images in their source, in source order; unique within the split."""
+        return self._column(split, "image_id").to_pylist()
+
+    def rows_by_class(self, split: Split) -> list[np.ndarray]:
+        """For every class the rows that hold it, int64 and ascending: entry k of class c is its k-th image."""
+        labels = self.labels(split)
+        order = np.argsort(labels, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(labels, minlength=self.num_classes))[:-1])
+
+    def images(self, split: Split, indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Pixels of rows `indices` in that order (repeats allowed), or of all: uint8 (N, C, H, W).
+
+        Only the row groups that hold a wanted row are read.
+
+        Raises:
+            IndexError: an index outside 0 ... N-1.
+        """
+        num_images = self.num_images(split)
+        wanted = np.arange(num_images) if indices is None else np.asarray(indices, dtype=np.int64).reshape(-1)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < num_images:
+            raise IndexError(f"{split} indices {wanted.min()} ... {wanted.max()}: expected 0 ... {num_images - 1}")
+        images = np.empty((len(wanted), self.channels, self.image_size, self.image_size), dtype=np.uint8)
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        for first, pngs in self._png_groups(split, ascending):
+            begin, end = np.searchsorted(ascending, [first, first + len(pngs)])
+            for position in order[begin:end].tolist():
+                row = int(wanted[position])
+                images[position] = self._pixels(pngs[row - first].as_py(), split=split, row=row)
+        return images
+
+    def verify(self) -> list[str]:
+        """Names of the files whose bytes are not those that were written; empty if all is well."""
+        return [file.name for file in self.files if _sha256(self.folder / file.name) != file.sha256]
+
+    def _column(self, split: Split, name: str) -> pa.ChunkedArray:
+        return pa.chunked_array([chunk for path in self.paths(split) for chunk in _read_column(path, name).chunks])
+
+    def _png_groups(self, split: Split, ascending: np.ndarray) -> Iterator[tuple[int, pa.ChunkedArray]]:
+        """(first row, PNG bytes) of the row groups that hold one of the given rows; nothing else is read."""
+
+        def holds_any(first: int, rows: int) -> bool:
+            begin, end = np.searchsorted(ascending, [first, first + rows])
+            return bool(begin < end)
+
+        file_first = 0
+        for file in (file for file in self.files if file.split == split):
+            if holds_any(file_first, file.rows):
+                with pq.ParquetFile(self.folder / file.name) as parquet:
+                    first = file_first
+                    for group in range(parquet.num_row_groups):
+                        rows = parquet.metadata.row_group(group).num_rows
+                        if holds_any(first, rows):
+                            yield first, parquet.read_row_group(group, columns=["image.bytes"]).flatten().column(0)
+                        first += rows
+            file_first += file.rows
+
+    def _pixels(self, png: bytes, *, split: Split, row: int) -> np.ndarray:
+        """PNG bytes to (C, H, W)."""
+        try:
+            pixels = decode_png(png)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise PrismError(
+                f"data set {str(self.folder)!r}: {split} image {row} is damaged ({one_line(error)}); "
+                "delete the folder and prepare again"
+            ) from error
+        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+_SUMMARY_FIELDS = ("name", "class_names", "image_size", "channels", "counts", "mean", "std", "split")
+
+
+def _dataset_hash(dataset: DatasetConfig, fingerprint: str) -> str:
+    settings = {key: plain(value) for key, value, metadata in walk(dataset) if metadata["output"]}
+    return content_hash({"version": schema.VERSION, "settings": settings, "source": fingerprint})
+
+
+def _write(source: RealSource, dataset: DatasetConfig, folder: Path) -> dict[str, Any]:
+    """Write every split into `folder` and describe the result, JSON-ready."""
+
+    def to_pixels(image: RealImage) -> np.ndarray:
+        return fit(image.load(), image_size=dataset.image_size, channels=dataset.channels, pad=dataset.pad)
+
+    splits: dict[Split, SplitSummary] = {}
+    for split in SPLITS:
+        splits[split] = write_split(
+            source.images(split),
+            folder,
+            split=split,
+            class_names=source.class_names,
+            channels=dataset.channels,
+            to_pixels=to_pixels,
+        )
+        _check_counts(splits[split].counts, source.class_names, split=split)
+    mean, std = splits["train"].mean_std(image_size=dataset.image_size)
+    return {
+        "version": schema.VERSION,
+        "name": dataset.name,
+        "source": dataset.source.name,
+        "class_names": source.class_names,
+        "image_size": dataset.image_size,
+        "channels": dataset.channels,
+        "pad": dataset.pad,
+        "counts": {split: splits[split].counts.tolist() for split in SPLITS},
+        "mean": mean,
+        "std": std,
+        "split": source.split_description(),
+        "files": [file.as_json() for split in SPLITS for file in splits[split].files],
+    }
+
+
+def _check_counts(counts: np.ndarray, class_names: list[str], *, split: Split) -> None:
+    if split == "train" and not counts.all():
+        empty = [class_names[class_id] for class_id in np.flatnonzero(counts == 0)]
+        raise InputError(
+            f"dataset: {len(empty)} of {len(class_names)} classes have no training image: {', '.join(empty[:5])}"
+            f"{', ...' if len(empty) > 5 else ''}; expected at least one of each; add images or remove the class"
+        )
+    if not counts.any():
+        raise InputError(f"dataset: the {split} split has no image; expected at least one; add images")
+
+
+def _json_lines(content: dict[str, Any]) -> bytes:
+    """A JSON object with one line per key: readable, and not thousands of lines for as many classes."""
+    lines = [f"{json.dumps(key)}: {json.dumps(content[key], ensure_ascii=False)}" for key in sorted(content)]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _read_column(path: Path, name: str) -> pa.ChunkedArray:
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=[name]).column(name)
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()

@@ -1,0 +1,56 @@
+"""Publish a local folder in one step: complete or absent, whoever else builds it and whenever a process dies."""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ABANDONED_AFTER_S = 3600.0  # a process that still builds adds a file to its folder far more often
+
+
+@contextmanager
+def published_folder(folder: Path, *, marker: str) -> Iterator[Path]:
+    """A new folder beside `folder`, renamed to it when the block ends well and removed otherwise.
+
+    `marker` is the file, written last inside the block, that tells a complete folder. If another process publishes a
+    complete `folder` first, that one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+    building.mkdir()
+    try:
+        yield building
+        if folder.exists() and not (folder / marker).exists():
+            # Somebody deleted the marker, or copied half a folder: out of the way, in one step.
+            os.rename(folder, building.with_name(f"{building.name}.incomplete"))
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if not (folder / marker).exists():
+                raise
+    finally:
+        for leftover in folder.parent.glob(f"{building.name}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk, so that what is renamed later is never empty after a crash."""
+    with path.open("wb") as sink:
+        sink.write(data)
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left behind while building the same folder."""
+    for building in folder.parent.glob(f".{folder.name}.*"):
+        try:
+            age_s = time.time() - building.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if age_s > ABANDONED_AFTER_S:
+            shutil.rmtree(building, ignore_errors=True)

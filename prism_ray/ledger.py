@@ -1,0 +1,309 @@
+"""What a run has done: shards, receipts, attempts, quarantine, manifest.
+
+A unit is done when its receipt exists and its shard has the receipt's size. The receipt is written after the shard, so
+a kill at any moment leaves a unit complete or absent. Start markers tell a process that died in a unit: they carry the
+driver's epoch and the node, and count as an attempt only while that driver and that node are still there.
+"""
+
+import io
+import json
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism_ray.errors import Drained, Fenced, InputError, PrismError, one_line
+from prism_ray.lock import check_epoch
+from prism_ray.schema import table_bytes
+from prism_ray.storage import Store, read_json, sha256_of, to_json
+
+MANIFEST = "manifest.json"
+DAMAGED = "damaged.json"
+
+
+class NondeterministicUnit(PrismError):
+    """The same unit gave other bytes in the same environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Proof that an object was published: what it holds, what it was made from, what it cost."""
+
+    stage: str
+    name: str
+    unit_id: str
+    key: str
+    rows: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    seconds: float = 0.0
+    inputs: dict[str, str] = field(default_factory=dict)
+    """sha256 of what it was made from, by key: if one changes, it must be made again."""
+    fingerprint: str = ""
+    """Environment within which the bytes are promised to repeat."""
+    worker: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """The record of one run, in its folder. Stateless: every answer is read from the store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    # Receipts
+
+    def receipts(self, stage: str) -> dict[str, Receipt]:
+        """Receipts of a stage by unit name."""
+        found = {}
+        for key in self.store.keys(f"receipts/{stage}"):
+            receipt = Receipt(**json.loads(self.store.read(key)))
+            found[receipt.name] = receipt
+        return found
+
+    def receipt(self, stage: str, name: str) -> Receipt | None:
+        content = read_json(self.store, f"receipts/{stage}/{name}.json")
+        return None if content is None else Receipt(**content)
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        self.store.put(f"receipts/{receipt.stage}/{receipt.name}.json", to_json(asdict(receipt)))
+
+    def is_done(self, receipt: Receipt | None, inputs: dict[str, str]) -> bool:
+        """Whether a published object is there, whole, and made from today's inputs."""
+        return receipt is not None and receipt.inputs == inputs and self.store.size(receipt.key) == receipt.bytes
+
+    # Publishing
+
+    def publish(self, table: pa.Table, receipt: Receipt, *, epoch: int) -> Receipt:
+        """Commit a shard, then its receipt. Doing it twice with the same bytes changes nothing.
+
+        Raises:
+            Fenced: the driver of `epoch` was replaced.
+            NondeterministicUnit: the unit is published with other bytes, made in the same environment.
+        """
+        data = table_bytes(table)
+        receipt = replace(receipt, rows=table.num_rows, bytes=len(data), sha256=sha256_of(data))
+        check_epoch(self.store, epoch)
+        if not self.store.create(receipt.key, data, check=lambda path: _check_footer(path, table)):
+            published = self._resolve_published(receipt)
+            if published is not None:
+                return published
+            self.store.put(receipt.key, data)
+        check_epoch(self.store, epoch)
+        self.write_receipt(receipt)
+        return receipt
+
+    def _resolve_published(self, receipt: Receipt) -> Receipt | None:
+        """The receipt to keep for a name that is taken, or None if what lies there must be replaced."""
+        present = sha256_of(self.store.read(receipt.key))
+        committed = self.receipt(receipt.stage, receipt.name)
+        if committed is None or committed.sha256 != present or committed.inputs != receipt.inputs:
+            if present != receipt.sha256:
+                return None  # never committed, damaged, or made from other inputs
+            self.write_receipt(receipt)
+            return receipt
+        if present == receipt.sha256:
+            return committed
+        if committed.fingerprint == receipt.fingerprint:
+            raise NondeterministicUnit(
+                f"unit {receipt.name} ({receipt.unit_id}): computed again in the same environment and gave other bytes "
+                f"({present[:12]} published, {receipt.sha256[:12]} now); look for a nondeterministic kernel"
+            )
+        self.event("kept_first", stage=receipt.stage, unit=receipt.name, published=present, refused=receipt.sha256)
+        return committed
+
+    # Attempts and quarantine
+
+    def start_attempt(self, stage: str, name: str, *, epoch: int, node: str) -> str:
+        """Mark that a unit is being tried; returns the marker's key."""
+        number = len(self.store.keys(f"attempts/{stage}/{name}")) + 1
+        key = f"attempts/{stage}/{name}/{epoch:06d}-{number:03d}.json"
+        self.store.put(key, to_json({"epoch": epoch, "node": node, "error": None}))
+        return key
+
+    def fail_attempt(self, key: str, error: BaseException) -> None:
+        """Turn a start marker into a failure with its reason."""
+        marker = json.loads(self.store.read(key))
+        text = "".join(traceback.format_exception(error))
+        self.store.put(key, to_json({**marker, "error": _reason(error), "traceback": text[-8000:]}))
+
+    def failed_attempts(self, stage: str, name: str, *, epoch: int, live_nodes: Collection[str]) -> list[str]:
+        """Reasons of the attempts that count: errors, and deaths that the driver and the node survived."""
+        reasons = []
+        for key in self.store.keys(f"attempts/{stage}/{name}"):
+            marker = json.loads(self.store.read(key))
+            if marker["error"] is not None:
+                reasons.append(marker["error"])
+            elif marker["epoch"] == epoch and marker["node"] in live_nodes:
+                reasons.append("its process died")
+        return reasons
+
+    def clear_attempts(self, stage: str, name: str) -> None:
+        self.store.remove(f"attempts/{stage}/{name}")
+
+    def quarantine(self, stage: str, name: str, unit_id: str, reasons: list[str]) -> None:
+        """Give a unit up; the rest of the run goes on."""
+        content = {"stage": stage, "name": name, "unit_id": unit_id, "attempts": len(reasons), "reason": reasons[-1]}
+        self.store.put(f"quarantine/units/{stage}/{name}.json", to_json(content))
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Every unit that was given up."""
+        return [json.loads(self.store.read(key)) for key in self.store.keys("quarantine/units")]
+
+    def retry(self) -> int:
+        """Forget quarantine and attempts, so that the next run tries again; returns the number of units."""
+        entries = self.quarantined()
+        for entry in entries:
+            self.clear_attempts(entry["stage"], entry["name"])
+            self.store.remove(f"quarantine/units/{entry['stage']}/{entry['name']}.json")
+        return len(entries)
+
+    # Verification and repair
+
+    def verify(self) -> list[dict[str, str]]:
+        """Compare every published object with its receipt, byte for byte.
+
+        Returns:
+            One entry per problem: object key, stage and name of its receipt, and what is wrong with it.
+        """
+        problems = []
+        known = set()
+        for stage in ("synthesize", "relabel", "distill"):
+            for receipt in self.receipts(stage).values():
+                known.add(receipt.key)
+                problem = self._problem(receipt)
+                if problem:
+                    problems.append({"key": receipt.key, "stage": stage, "name": receipt.name, "problem": problem})
+        for prefix in ("images", "labels"):
+            for key in self.store.keys(prefix):
+                if key not in known:
+                    problems.append({"key": key, "stage": "", "name": "", "problem": "belongs to no unit of this run"})
+        return problems
+
+    def _problem(self, receipt: Receipt) -> str | None:
+        size = self.store.size(receipt.key)
+        if size is None:
+            return "missing"
+        if size != receipt.bytes:
+            return f"has {size} bytes, its receipt says {receipt.bytes}"
+        if sha256_of(self.store.read(receipt.key)) != receipt.sha256:
+            return "its content differs from its receipt (same size)"
+        return None
+
+    def record_damage(self, problems: list[dict[str, str]]) -> None:
+        """Write the findings of `verify` down, so that the next run looks at just these objects."""
+        if problems:
+            self.store.put(DAMAGED, to_json(problems))
+        else:
+            self.store.remove(DAMAGED)
+
+    def set_damaged_aside(self) -> list[str]:
+        """Move damaged objects into quarantine/damaged and drop their receipts, so that they are made again.
+
+        Looks at sizes everywhere and at the content of what `verify` had found.
+        """
+        suspects = {entry["key"] for entry in read_json(self.store, DAMAGED) or []}
+        aside = []
+        for stage in ("synthesize", "relabel", "distill"):
+            for receipt in self.receipts(stage).values():
+                wrong_size = self.store.size(receipt.key) != receipt.bytes
+                if wrong_size or (receipt.key in suspects and self._problem(receipt)):
+                    self._set_aside(receipt)
+                    aside.append(receipt.key)
+        self.store.remove(DAMAGED)
+        return aside
+
+    def _set_aside(self, receipt: Receipt) -> None:
+        # The receipt goes first: without it the object counts for nothing, wherever a kill falls.
+        self.store.remove(f"receipts/{receipt.stage}/{receipt.name}.json")
+        if self.store.size(receipt.key) is not None:
+            self.store.move(receipt.key, f"quarantine/damaged/{receipt.key}")
+        self.event("set_aside", key=receipt.key)
+
+    # Manifest and events
+
+    def manifest(self) -> dict[str, Any] | None:
+        return read_json(self.store, MANIFEST)
+
+    def write_manifest(self, content: dict[str, Any]) -> None:
+        """The commit of a run; written last."""
+        self.store.put(MANIFEST, to_json(content))
+
+    def event(self, kind: str, **content: Any) -> None:
+        """Append one line to events.jsonl; a note for people, nothing depends on it."""
+        self.store.append("events.jsonl", json.dumps({"event": kind, **content}, sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Who tries a unit: the driver's epoch, this node, the nodes that are alive, and how often it may fail."""
+
+    epoch: int
+    node: str
+    live_nodes: Callable[[], Collection[str]]
+    max_attempts: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a unit ended: `done`, `quarantined`, or `aborted` (the run must stop: the fault is not the unit's)."""
+
+    status: str
+    name: str
+    reason: str = ""
+    images: int = 0
+    exit_code: int = 0
+
+
+def run_unit(
+    ledger: Ledger, receipt: Receipt, compute: Callable[[], tuple[pa.Table, Receipt]], attempt: Attempt
+) -> Outcome:
+    """One unit from plan to receipt: counted attempts, published once, or quarantined with its reason.
+
+    Args:
+        receipt: names the unit; `compute` returns it filled in, with the table to publish.
+    """
+    stage, name = receipt.stage, receipt.name
+    while True:
+        reasons = ledger.failed_attempts(stage, name, epoch=attempt.epoch, live_nodes=attempt.live_nodes())
+        if len(reasons) >= attempt.max_attempts:
+            ledger.quarantine(stage, name, receipt.unit_id, reasons)
+            return Outcome("quarantined", name, reasons[-1])
+        try:
+            marker = ledger.start_attempt(stage, name, epoch=attempt.epoch, node=attempt.node)
+            try:
+                table, filled = compute()
+            except Exception as error:
+                if isinstance(error, InputError | Drained | Fenced):
+                    raise
+                ledger.fail_attempt(marker, error)
+                continue
+            published = ledger.publish(table, filled, epoch=attempt.epoch)
+            ledger.clear_attempts(stage, name)
+            return Outcome("done", name, images=published.rows)
+        except PrismError as error:
+            return Outcome("aborted", name, one_line(error), exit_code=int(error.exit_code))
+
+
+def _check_footer(path: Path, table: pa.Table) -> None:
+    """Read a written shard's footer back: rows and columns as meant."""
+    footer = pq.read_metadata(path)
+    if footer.num_rows != table.num_rows or footer.schema.to_arrow_schema().names != table.schema.names:
+        raise PrismError(f"{path}: the shard read back differs from what was written; check the disk")
+
+
+def _reason(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {one_line(error)}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        # Never retried with a smaller batch: that would change the images.
+        text += " (out of memory: lower method.batch_size or labels.batch_size, or give the actor a larger device)"
+    return text[:1000]
+
+
+def read_table(store: Store, key: str) -> pa.Table:
+    """A published shard."""
+    return pq.read_table(io.BytesIO(store.read(key)))

@@ -1,0 +1,156 @@
+"""One driver per run: epochs claimed by exclusive creation, a heartbeat, and fencing of whoever was replaced.
+
+The driver of a run is the owner of the highest epoch. An epoch is an object that can be created once, so that of two
+drivers taking over at the same moment one wins, on a file system and on an object store alike. A worker publishes only
+while no higher epoch exists.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from prism_ray.errors import Fenced, InputError
+from prism_ray.storage import Store, read_json, to_json
+
+KEPT_EPOCHS = 8
+
+
+class RunLock:
+    """Held by a driver while it works on a run.
+
+    Args:
+        store: the run folder.
+        name: how the run is called in messages.
+        lease_s: seconds of silence after which an owner on another host is taken for dead.
+    """
+
+    def __init__(self, store: Store, *, name: str, lease_s: float) -> None:
+        self._store, self._name, self._lease_s = store, name, lease_s
+        self._beat_s = min(2.0, lease_s / 10)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._beats = 0
+        self.epoch = 0
+
+    def acquire(self, *, sleep: Callable[[float], None] = time.sleep) -> Self:
+        """Become the driver.
+
+        A dead owner on this host is replaced at once; a silent one elsewhere after one lease.
+
+        Raises:
+            InputError: the owner is alive (its heartbeat moves).
+        """
+        while True:
+            current = newest_epoch(self._store)
+            if current:
+                self._wait_for_owner(current, sleep)
+            self.epoch = current + 1
+            if self._store.create(_epoch_key(self.epoch), to_json(_identity())):
+                break
+        for epoch in range(max(1, self.epoch - KEPT_EPOCHS - 1), self.epoch - KEPT_EPOCHS):
+            self._store.remove(_epoch_key(epoch))
+            self._store.remove(_beat_key(epoch))
+        self._beat()
+        self._thread = threading.Thread(target=self._keep_beating, name=f"heartbeat-{self._name}", daemon=True)
+        self._thread.start()
+        return self
+
+    def release(self) -> None:
+        """Let the next driver start at once."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._store.put(_beat_key(self.epoch), to_json({"released": True}))
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _wait_for_owner(self, epoch: int, sleep: Callable[[float], None]) -> None:
+        """Return when the owner of `epoch` is gone; raise if it lives."""
+        first = read_json(self._store, _beat_key(epoch))
+        owner = read_json(self._store, _epoch_key(epoch)) or {}
+        if (first or {}).get("released") or _is_dead_here(owner):
+            return
+        waited = 0.0
+        while waited < self._lease_s:
+            sleep(self._beat_s / 4)
+            waited += self._beat_s / 4
+            beat = read_json(self._store, _beat_key(epoch))
+            if (beat or {}).get("released") or newest_epoch(self._store) > epoch:
+                return
+            if beat != first:
+                raise InputError(
+                    f"run {self._name}: already being driven by process {owner.get('pid')} on {owner.get('host')}; "
+                    "wait for it, stop it, or choose another run_id"
+                )
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.put(_beat_key(self.epoch), to_json({"beats": self._beats}))
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(self._beat_s):
+            try:
+                self._beat()
+            except Exception:
+                # A full disk must not end the heartbeat: the run reports the same error at its next publish.
+                continue
+
+
+def newest_epoch(store: Store) -> int:
+    """Highest epoch claimed on a run, 0 if none."""
+    epochs = [key.rsplit("/", 1)[1] for key in store.keys("lock") if key.endswith(".epoch")]
+    return max((int(name.removesuffix(".epoch")) for name in epochs), default=0)
+
+
+def check_epoch(store: Store, epoch: int) -> None:
+    """Refuse to publish for a driver that was replaced.
+
+    Raises:
+        Fenced: a higher epoch exists.
+    """
+    if store.size(_epoch_key(epoch + 1)) is not None:
+        raise Fenced(f"{store.url}: another driver took this run over (epoch {epoch} ended); nothing more is published")
+
+
+def _epoch_key(epoch: int) -> str:
+    return f"lock/{epoch:06d}.epoch"
+
+
+def _beat_key(epoch: int) -> str:
+    return f"lock/{epoch:06d}.beat"
+
+
+def _identity() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "started": _start_time(pid)}
+
+
+def _is_dead_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner ran on this very host and boot and its process is gone."""
+    if (owner.get("host"), owner.get("boot")) != (socket.gethostname(), _boot_id()) or "pid" not in owner:
+        return False
+    return _start_time(owner["pid"]) != owner.get("started")
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _start_time(pid: int) -> str | None:
+    """Kernel start time of a process, None if it is gone or a zombie; tells a process from a later one with its id."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else fields[19]

@@ -1,0 +1,122 @@
+"""A training loop's state as one safetensors file, so that a resumed run continues bit for bit.
+
+Random state is not part of it: order, crops and seeds of a step are derived from the step's number.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prism_ray.errors import InputError, one_line
+
+VERSION = 1
+_METADATA = "prism_ray.checkpoint"  # a single entry: safetensors writes several in any order
+
+
+def save_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer, step: int, extra: dict[str, Any]) -> None:
+    """Replace `path` by the state after `step` steps; a crash at any moment leaves the old file or the new one.
+
+    One process writes a given path: leftovers of killed writers beside it are removed.
+
+    Args:
+        extra: JSON-ready data, returned by `load_checkpoint`.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    scalars: dict[str, dict[str, Any]] = {}  # of the optimizer: parameter index -> name -> plain value
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    metadata = {
+        "version": VERSION,
+        "step": step,
+        "extra": extra,
+        "scalars": scalars,
+        "param_groups": state["param_groups"],
+    }
+    # Copies, because safetensors refuses tensors that share memory, such as tied weights.
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(copies, temporary, metadata={_METADATA: json.dumps(metadata)})
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
+    """Restore `module` and `optimizer` in place; returns (step, extra) as they were saved.
+
+    Raises:
+        InputError: the file is damaged, of a newer version, or of another network or optimizer.
+    """
+    metadata, tensors = _read(path)
+    optimizer_state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in metadata["scalars"].items()}
+    module_state: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        owner, _, name = key.partition(".")
+        if owner == "module":
+            module_state[name] = value
+        else:
+            index, _, name = name.partition(".")
+            optimizer_state.setdefault(int(index), {})[name] = value
+    groups = _with_tuples(metadata["param_groups"], optimizer.state_dict()["param_groups"])
+    try:
+        module.load_state_dict(module_state)
+        optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: belongs to another network or optimizer ({one_line(error)[:200]}); "
+            "delete it to start this training again"
+        ) from error
+    return metadata["step"], metadata["extra"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = json.loads((file.metadata() or {})[_METADATA])
+            # Cloned out of the memory map, which must not outlive a file that the next save replaces.
+            tensors = {key: torch.clone(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise InputError(
+            f"{path}: is no readable checkpoint ({one_line(error)}); delete it to start this training again"
+        ) from error
+    if metadata["version"] > VERSION:
+        raise InputError(
+            f"{path}: has version {metadata['version']}, this program reads up to {VERSION}; "
+            "update prism_ray, or delete it to start this training again"
+        )
+    return metadata, tensors
+
+
+def _with_tuples(groups: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no tuples: give a setting back the type it has in the live optimizer."""
+    if len(groups) != len(current):
+        return groups  # refused by load_state_dict
+    return [
+        {k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in group.items()}
+        for group, now in zip(groups, current, strict=True)
+    ]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""Refuses a wrong architecture name or weights file within milliseconds: nothing here imports torch or timm."""
+
+import difflib
+import functools
+import importlib.util
+import json
+import re
+import zipfile
+from pathlib import Path
+
+from prism_ray.errors import InputError
+
+OWN_ARCHITECTURES = ("prism_vgg", "prism_convnet")
+"""Registered by `prism_ray.models.families`."""
+
+# The order in which timm searches a local-dir folder: must stay equal, or another file is checked than is loaded.
+PREFERRED_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+EXTENSIONS = (".safetensors", ".pth", ".pth.tar", ".bin")
+
+_REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@functools.cache
+def architectures() -> frozenset[str]:
+    """Every architecture that can be built: timm's, read from its source files, and the two of this package.
+
+    Names that timm keeps only as deprecated aliases are not among them.
+    """
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise InputError("timm: is not installed; expected timm>=1.0.31; run `pip install timm`")
+    sources = (Path(spec.origin).parent / "models").glob("*.py")
+    names = {name for source in sources for name in _REGISTERED.findall(source.read_text(encoding="utf-8"))}
+    return frozenset(names.union(OWN_ARCHITECTURES))
+
+
+def known_architecture(name: str) -> bool:
+    """Whether `name` can be built; a timm tag of weights may follow a dot ('resnet18.tv_in1k')."""
+    return name.partition(".")[0] in architectures()
+
+
+def check_architecture(name: str, *, key: str = "arch") -> None:
+    """Refuse an architecture that does not exist, with the nearest names.
+
+    Raises:
+        InputError: `name` is no architecture; the message starts with `key`, the setting it comes from.
+    """
+    if known_architecture(name):
+        return
+    near = difflib.get_close_matches(name.partition(".")[0], sorted(architectures()), n=4, cutoff=0.6)
+    advice = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` prints all names"
+    raise InputError(f"{key}: {name!r} is no architecture of timm or prism_ray; {advice}")
+
+
+def find_weights(folder: Path) -> Path:
+    """The weights file that timm loads from a folder in its local-dir form.
+
+    Raises:
+        InputError: the folder, its config.json or its weights are missing.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder; expected config.json and model.safetensors in it; check the path")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: has no config.json; expected a folder in timm's local-dir form; check the path")
+    candidates = [folder / name for name in PREFERRED_FILES if (folder / name).is_file()]
+    for extension in EXTENSIONS:
+        candidates += sorted(folder.glob(f"*{extension}"))
+    if not candidates:
+        raise InputError(f"{folder}: holds no weights; expected model.safetensors beside config.json; copy it there")
+    return candidates[0]
+
+
+def check_weights_file(path: Path, *, allow_pickle: bool) -> None:
+    """Refuse a file that is not what its name says: reads its first bytes, and the header of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, a web page, a git-lfs pointer, cut short, unknown, or a pickle without
+            `allow_pickle`.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist or is no file; expected weights; check the path")
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise InputError(f"{path}: is empty; expected weights; download or copy it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` where it was cloned")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{path}: is a web page, not weights; download the file itself, if need be logged in")
+    is_safetensors = path.suffix == ".safetensors"
+    is_zip = start.startswith(b"PK\x03\x04")
+    # A safetensors header of 640 bytes starts like a pickle of protocol 2; its ninth byte tells them apart.
+    is_pickle = (
+        len(start) > 1 and start[0] == 0x80 and 2 <= start[1] <= 5 and not (is_safetensors and start[8:9] == b"{")
+    )
+    if is_zip or is_pickle:
+        _check_pickle(path, is_zip=is_zip, allow_pickle=allow_pickle)
+    elif is_safetensors:
+        _check_safetensors(path, size_bytes)
+    else:
+        raise InputError(f"{path}: is neither safetensors nor a PyTorch pickle; save the weights as model.safetensors")
+
+
+def _check_pickle(path: Path, *, is_zip: bool, allow_pickle: bool) -> None:
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path}: holds a pickle under a safetensors name; save the weights with safetensors")
+    if not allow_pickle:
+        raise InputError(
+            f"{path}: is a pickle, which can run code when it is loaded; convert it to model.safetensors, "
+            "or set allow_pickle=true if you trust it"
+        )
+    if is_zip and not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: is cut short (no end of the archive); download or copy it again")
+
+
+def _check_safetensors(path: Path, size_bytes: int) -> None:
+    """Format: 8 bytes little-endian header length, a JSON header with every tensor's byte range, the tensors."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
+            raise InputError(f"{path}: is no safetensors file (its header is unreadable); download or copy it again")
+        header = file.read(header_bytes)
+    if len(header) < header_bytes:
+        raise InputError(f"{path}: is cut short inside its header ({size_bytes} bytes); download or copy it again")
+    try:
+        entries = json.loads(header)
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"{path}: is no safetensors file (its header is unreadable); download or copy it again"
+        ) from error
+    expected_bytes = 8 + header_bytes + max(ends, default=0)
+    if size_bytes != expected_bytes:
+        raise InputError(f"{path}: has {size_bytes} bytes, its header says {expected_bytes}; download or copy it again")

@@ -1,0 +1,193 @@
+"""A run as its driver sees it: its folder, its lock, its pins, and what of its plan is still to do."""
+
+import importlib.metadata
+import platform
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prism_ray import __version__
+from prism_ray.config import Config, LabelKind, config_hash, output_settings, plain, run_id
+from prism_ray.data.prepared import PreparedDataset
+from prism_ray.errors import InputError
+from prism_ray.ledger import Ledger
+from prism_ray.lock import RunLock
+from prism_ray.models.weights import find_weights
+from prism_ray.plan import Unit
+from prism_ray.storage import LocalStore, check_writable, open_store, read_json, sha256_of_file, to_json
+from prism_ray.work import RELABEL, SYNTHESIZE, RunSpec, StudentItem, image_receipt, label_receipt
+
+PINS = "pins.json"
+PACKAGES = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy", "pillow", "scikit-learn", "safetensors")
+
+
+@dataclass
+class Run:
+    """One run of a command. `label` names its row in tables."""
+
+    label: str
+    config: Config
+    store: LocalStore
+    epoch: int = 0
+    dataset: PreparedDataset | None = None
+    teacher_dirs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return run_id(self.config)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.store)
+
+    @property
+    def artifacts_dir(self) -> Path:
+        return open_store(self.config.storage).path("artifacts")
+
+    def spec(self) -> RunSpec:
+        assert self.dataset is not None, "prepare comes first"
+        return RunSpec(self.config, self.store.url, self.epoch, str(self.dataset.folder), self.teacher_dirs)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        return self.spec().units()
+
+    # What is done
+
+    def done_units(self, stage: str) -> list[Unit]:
+        """Units of a stage that are published, whole, and made from today's inputs."""
+        receipts, images = self.ledger.receipts(stage), self.ledger.receipts(SYNTHESIZE)
+        done = []
+        for unit in self.units:
+            if stage == RELABEL and unit.name not in images:
+                continue
+            wanted = image_receipt(unit) if stage == SYNTHESIZE else label_receipt(unit, images[unit.name])
+            receipt = receipts.get(unit.name)
+            if receipt is not None and receipt.unit_id == unit.unit_id and self.ledger.is_done(receipt, wanted.inputs):
+                done.append(unit)
+        return done
+
+    def open_units(self, stage: str) -> list[Unit]:
+        """Units of a stage to make now: neither done nor quarantined, and with the images they need."""
+        done = {unit.name for unit in self.done_units(stage)}
+        given_up = {entry["name"] for entry in self.ledger.quarantined() if entry["stage"] == stage}
+        missing = {unit.name for unit in self.units} - {u.name for u in self.done_units(SYNTHESIZE)}
+        skipped = done | given_up | (missing if stage == RELABEL else set())
+        return [unit for unit in self.units if unit.name not in skipped]
+
+    def needs_labels(self) -> bool:
+        """Whether any student learns from soft labels."""
+        return LabelKind.soft in self.config.student.labels
+
+    def students(self) -> list[StudentItem]:
+        """Every student of the run, seed by seed."""
+        spec = self.spec()
+        return [
+            StudentItem(spec, seed, kind) for seed in self.config.student.seeds for kind in self.config.student.labels
+        ]
+
+    # Pins
+
+    def pin(self, key: str, value: Any) -> None:
+        """Remember what the run is made from when it first uses it; refuse anything else later.
+
+        Raises:
+            InputError: the run was begun with another value.
+        """
+        pins = read_json(self.store, PINS) or {}
+        if key not in pins:
+            self.store.put(PINS, to_json({**pins, key: value}))
+        elif pins[key] != value:
+            raise InputError(
+                f"run {self.name}: began with {key} {pins[key]} and would go on with {value}; restore it, or start a new "
+                "run with another run_id"
+            )
+
+    def pin_teachers(self) -> None:
+        """Pin the weights of every teacher."""
+        for name, folder in self.teacher_dirs.items():
+            self.pin(f"sha256 of teacher {name}", sha256_of_file(find_weights(Path(folder))))
+
+
+def locate(label: str, config: Config) -> Run:
+    """The run of these settings, whether it exists or not."""
+    root = open_store(config.storage)
+    return Run(label, config, LocalStore(root.path(f"runs/{run_id(config)}")))
+
+
+def require(config: Config) -> Run:
+    """The run of these settings, which must exist.
+
+    Raises:
+        InputError: it does not, or was made with other settings.
+    """
+    run = locate(config.method.name, config)
+    if run.store.size("config.yaml") is None:
+        raise InputError(
+            f"run {run.name}: not found in {config.storage}/runs; start it with the same settings, or correct them"
+        )
+    _check_same(run)
+    return run
+
+
+def open_run(label: str, config: Config, locks: ExitStack) -> Run:
+    """Make this process the driver of a run: folder, settings, lock.
+
+    Raises:
+        InputError: storage is not writable, the run exists with other settings, or another driver is alive.
+    """
+    run = locate(label, config)
+    check_writable(run.store)
+    _check_same(run)
+    lock = locks.enter_context(RunLock(run.store, name=run.name, lease_s=config.compute.lease_s))
+    run.epoch = lock.epoch
+    run.store.remove(".tmp")  # of drivers that are gone; ours is the only one now
+    content = {"config_hash": config_hash(config), "settings": plain(config)}
+    run.store.put("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    run.store.put("environment.json", to_json(environment()))
+    return run
+
+
+def _check_same(run: Run) -> None:
+    """Compare a run's settings with those it was begun with."""
+    if run.store.size("config.yaml") is None:
+        return
+    begun = yaml.safe_load(run.store.read("config.yaml"))
+    if begun["config_hash"] == config_hash(run.config):
+        return
+    before, now = _flat(begun["settings"]), output_settings(run.config)
+    differing = [f"{key}: {before.get(key)} → {now.get(key)}" for key in now if before.get(key, now[key]) != now[key]]
+    raise InputError(
+        f"run {run.name}: exists with other settings ({'; '.join(differing[:5]) or 'of another version'}); "
+        "use those, or choose another run_id"
+    )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; a dict that is itself a setting stays whole beside its parts."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found[prefix + key] = value
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions and kind of machine; no names of hosts or people."""
+    return {"prism_ray": __version__, "python": platform.python_version(), "machine": platform.machine(), **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide the output."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,69 @@
+"""What every stage needs of its process: a device, frozen teachers, deterministic kernels, a fingerprint."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow
+import torch
+
+from prism_ray.models.classifier import Classifier, frozen, load_classifier
+from prism_ray.work import RunSpec
+
+
+def teacher_of(spec: RunSpec, name: str, device: torch.device) -> Classifier:
+    """A teacher of a run, frozen, loaded once per process."""
+    return load_frozen(spec.teacher_dirs[name], str(device))
+
+
+@lru_cache(maxsize=32)
+def load_frozen(folder: str, device: str) -> Classifier:
+    """A classifier from a local-dir folder, in eval mode, without gradients of its own."""
+    return frozen(load_classifier(Path(folder))).to(device)
+
+
+def pick_device(gpus: float) -> torch.device:
+    """CUDA if this worker was given a share of a GPU, else the CPU."""
+    return torch.device("cuda" if gpus > 0 else "cpu")
+
+
+@contextmanager
+def deterministic(threads: int) -> Iterator[None]:
+    """Fixed thread count and deterministic kernels inside; part of what makes the bytes repeat.
+
+    On CUDA a kernel without a deterministic form warns instead of failing: the bytes are then promised by nobody, and a
+    unit computed twice with other bytes is reported.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def fingerprint(device: torch.device) -> str:
+    """The environment within which the same unit must give the same bytes: device kind, CPU kind, builds."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_kind()
+    return f"{device.type}:{kind}|torch {torch.__version__}|pyarrow {pyarrow.__version__}"
+
+
+@lru_cache(maxsize=1)
+def cpu_kind() -> str:
+    """Model name of the CPU and the instruction set torch uses on it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,53 @@
+"""What an executor runs: one object per worker process that does any unit of any stage of the runs it was told of."""
+
+from collections.abc import Callable, Collection, Sequence
+
+from prism_ray.ledger import Attempt, Outcome, run_unit
+from prism_ray.plan import Unit
+from prism_ray.stages.relabel import Relabeler
+from prism_ray.stages.synthesize import Synthesizer
+from prism_ray.work import SYNTHESIZE, RunSpec, UnitRef, image_receipt, label_receipt
+
+
+class Worker:
+    """Holds plans and teachers of several runs; a stage of a run is built when its first unit comes.
+
+    Args:
+        specs: the runs.
+        node: name of this worker's node.
+        live_nodes: names of the nodes that are alive now.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], *, node: str, live_nodes: Callable[[], Collection[str]]) -> None:
+        self._specs, self._node, self._live_nodes = specs, node, live_nodes
+        self._plans: dict[int, list[Unit]] = {}
+        self._synthesizers: dict[int, Synthesizer] = {}
+        self._relabelers: dict[int, Relabeler] = {}
+
+    def process(self, ref: UnitRef) -> Outcome:
+        """Make one unit, from plan to receipt. Only what is no fault of the unit raises."""
+        spec = self._specs[ref.run]
+        ledger = spec.ledger()
+        attempt = Attempt(spec.epoch, self._node, self._live_nodes, spec.config.compute.max_attempts)
+        unit = self._plan(ref.run)[ref.unit]
+        if ref.stage == SYNTHESIZE:
+            return run_unit(ledger, image_receipt(unit), lambda: self._synthesizer(ref.run).compute(unit), attempt)
+        images = ledger.receipt(SYNTHESIZE, unit.name)
+        assert images is not None, f"unit {unit.name} is labelled before its images exist"
+        receipt = label_receipt(unit, images)
+        return run_unit(ledger, receipt, lambda: self._relabeler(ref.run).compute(unit, receipt), attempt)
+
+    def _plan(self, run: int) -> list[Unit]:
+        if run not in self._plans:
+            self._plans[run] = self._specs[run].units()
+        return self._plans[run]
+
+    def _synthesizer(self, run: int) -> Synthesizer:
+        if run not in self._synthesizers:
+            self._synthesizers[run] = Synthesizer(self._specs[run])
+        return self._synthesizers[run]
+
+    def _relabeler(self, run: int) -> Relabeler:
+        if run not in self._relabelers:
+            self._relabelers[run] = Relabeler(self._specs[run])
+        return self._relabelers[run]

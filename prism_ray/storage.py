@@ -1,0 +1,239 @@
+"""Where a run is kept: a few object operations that a local folder and an object store can both do exactly.
+
+Keys are relative, '/'-separated. The two operations everything else is built on are `create` (publish under a new name,
+fails if the name is taken: a hard link here, a conditional put there) and `put` (replace whole, never half).
+A reader sees an object complete or not at all.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from prism_ray.errors import InputError, PrismError
+
+TEMPORARY = ".tmp"
+"""Folder inside a store for objects that are not published yet; never listed."""
+
+
+class StorageError(PrismError):
+    """Storage refused a write: nothing was published, and the run continues once there is room."""
+
+
+class Store(Protocol):
+    """Objects by key below one root."""
+
+    url: str
+
+    def path(self, key: str) -> Path: ...
+    def read(self, key: str) -> bytes: ...
+    def size(self, key: str) -> int | None: ...
+    def keys(self, prefix: str) -> list[str]: ...
+    def put(self, key: str, data: bytes) -> None: ...
+    def create(self, key: str, data: bytes, *, check: Callable[[Path], None] | None = None) -> bool: ...
+    def remove(self, key: str) -> None: ...
+    def move(self, key: str, to: str) -> None: ...
+    def append(self, key: str, line: str) -> None: ...
+
+
+class LocalStore:
+    """A folder on a file system with rename and hard links (any POSIX one)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self.url = str(self.root)
+
+    def path(self, key: str) -> Path:
+        """Where an object lies; refuses a key that would leave the store."""
+        parts = key.split("/")
+        if not key or any(part in ("", ".", "..") for part in parts):
+            raise InputError(f"storage key {key!r}: leaves the run folder or is empty; expected a plain relative name")
+        return self.root.joinpath(*parts)
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises FileNotFoundError."""
+        return self.path(key).read_bytes()
+
+    def size(self, key: str) -> int | None:
+        """Bytes, or None where there is no such object."""
+        try:
+            return self.path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """Every key below a folder, sorted."""
+        folder = self.path(prefix)
+        found = (
+            [p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
+        )
+        return sorted(found)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object as a whole."""
+        with self._written(key, data) as temporary:
+            os.replace(temporary, self.path(key))
+        _sync_folder(self.path(key).parent)
+
+    def create(self, key: str, data: bytes, *, check: Callable[[Path], None] | None = None) -> bool:
+        """Publish a new object; False, and nothing changed, if the key exists.
+
+        `check` looks at the temporary file after it was written and synced, and raises to refuse it.
+        """
+        with self._written(key, data) as temporary:
+            if check is not None:
+                check(temporary)
+            try:
+                _link_new(temporary, self.path(key))
+            except FileExistsError:
+                return False
+        _sync_folder(self.path(key).parent)
+        return True
+
+    def remove(self, key: str) -> None:
+        """Delete an object or a folder of objects; fine if there is none."""
+        path = self.path(key)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def move(self, key: str, to: str) -> None:
+        """Rename an object, replacing what is there."""
+        target = self.path(to)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.path(key), target)
+
+    def append(self, key: str, line: str) -> None:
+        """Add a line to a log; for people, so neither synced nor atomic."""
+        with storage_errors(self.path(key)):
+            self.path(key).parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path(key), "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    @contextmanager
+    def _written(self, key: str, data: bytes) -> Iterator[Path]:
+        """The data in a synced temporary file, gone at the end; full and read-only disks become one-line errors."""
+        temporary = self.root / TEMPORARY / uuid.uuid4().hex
+        with storage_errors(self.path(key)):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            self.path(key).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn 'no space' and 'not permitted' into one line with the path, the free bytes and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{path}: no space left ({_free_bytes(path)} bytes free); make room and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(f"{path}: not writable; choose another storage=... or change its permissions") from error
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{path}: {error.strerror}; choose another storage=...") from error
+        raise
+
+
+def open_store(url: str) -> LocalStore:
+    """The store behind `storage=...`.
+
+    Raises:
+        InputError: a URL scheme this version cannot write exactly-once.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return LocalStore(Path(url).expanduser())
+    if scheme == "file":
+        return LocalStore(rest)
+    raise InputError(f"storage={url!r}: scheme {scheme!r} is not supported; known: a local path or file://")
+
+
+def check_writable(store: LocalStore) -> None:
+    """Refuse a storage that cannot be written, before anything expensive starts."""
+    with storage_errors(store.root):
+        store.root.mkdir(parents=True, exist_ok=True)
+        probe = store.root / f"{TEMPORARY}-{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
+
+
+def sha256_of(data: bytes) -> str:
+    """Hex digest of an object's content."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(content: Any) -> bytes:
+    """Readable, canonical JSON: the same content gives the same bytes."""
+    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(store: Store, key: str) -> Any | None:
+    """Parsed content of a JSON object, or None where there is none."""
+    try:
+        return json.loads(store.read(key))
+    except FileNotFoundError:
+        return None
+
+
+def publish_folder(built: Path, final: Path) -> bool:
+    """Rename a finished folder to its content-addressed name; False if another process was first."""
+    for path in built.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    try:
+        os.rename(built, final)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(built, ignore_errors=True)
+        return False
+    _sync_folder(final.parent)
+    return True
+
+
+def _link_new(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here (exFAT, some FUSE mounts): an exclusive empty file claims the name, the rename fills it.
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+        os.replace(source, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,140 @@
+"""Descriptions of work that driver and workers exchange: small, picklable, paths and settings only, never weights.
+
+Everything here is light: the driver plans and counts with it without importing torch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from prism_ray.config import Config, LabelKind, TeachConfig, TeacherConfig, content_hash, plain
+from prism_ray.data.prepared import PreparedDataset
+from prism_ray.ledger import Ledger, Receipt
+from prism_ray.models.weights import find_weights
+from prism_ray.plan import Unit, plan_units
+from prism_ray.storage import open_store, sha256_of_file
+
+SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run as its workers see it. `epoch` is the driver's, see `prism_ray.lock`."""
+
+    config: Config
+    run_dir: str
+    epoch: int
+    dataset_dir: str
+    teacher_dirs: dict[str, str]
+
+    def ledger(self) -> Ledger:
+        return Ledger(open_store(self.run_dir))
+
+    def dataset(self) -> PreparedDataset:
+        return open_dataset(self.dataset_dir)
+
+    def units(self) -> list[Unit]:
+        """The plan; the same wherever it is computed."""
+        return plan_units(self.config, [rows.tolist() for rows in self.dataset().rows_by_class("train")])
+
+
+@lru_cache(maxsize=4)
+def open_dataset(folder: str) -> PreparedDataset:
+    """A prepared data set, opened once per process."""
+    return PreparedDataset.open(Path(folder))
+
+
+@dataclass(frozen=True)
+class UnitRef:
+    """Which unit: index of its run among the worker's, stage, index in the run's plan. A row of the work list."""
+
+    run: int
+    stage: str
+    unit: int
+
+
+@dataclass(frozen=True)
+class TeacherItem:
+    """One teacher to train, or one from elsewhere to check and copy; `folder` is where its artifact belongs."""
+
+    name: str
+    teacher: TeacherConfig
+    teach: TeachConfig
+    dataset_dir: str
+    folder: str
+    threads: int
+    gpus: float
+
+    @property
+    def scratch_dir(self) -> Path:
+        """A folder that every worker of the item can reach."""
+        return Path(self.folder).parent
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.folder) / "prism_ray.json").is_file()
+
+
+@dataclass(frozen=True)
+class StudentItem:
+    """One student to train."""
+
+    spec: RunSpec
+    seed: int
+    labels: LabelKind
+
+    @property
+    def name(self) -> str:
+        return f"{self.labels.name}-seed{self.seed}"
+
+    @property
+    def scratch_dir(self) -> Path:
+        """A folder that every worker of the item can reach."""
+        return Path(self.spec.run_dir)
+
+    @property
+    def is_done(self) -> bool:
+        ledger = self.spec.ledger()
+        return ledger.is_done(ledger.receipt(DISTILL, self.name), student_inputs(ledger, self.labels))
+
+
+TrainingItem = TeacherItem | StudentItem
+
+
+def image_receipt(unit: Unit) -> Receipt:
+    """The receipt of an image shard before it is made. Its inputs are pinned by the run, so none are listed."""
+    return Receipt(stage=SYNTHESIZE, name=unit.name, unit_id=unit.unit_id, key=f"images/{unit.name}.parquet")
+
+
+def label_receipt(unit: Unit, images: Receipt) -> Receipt:
+    """The receipt of a label shard before it is made: it belongs to the very bytes of its images."""
+    return Receipt(
+        stage=RELABEL,
+        name=unit.name,
+        unit_id=unit.unit_id,
+        key=f"labels/{unit.name}.parquet",
+        inputs={images.key: images.sha256},
+    )
+
+
+def student_inputs(ledger: Ledger, kind: LabelKind) -> dict[str, str]:
+    """What a student learns from, sha256 by key: every image shard that exists today, with its labels if soft."""
+    images, labels = ledger.receipts(SYNTHESIZE), ledger.receipts(RELABEL)
+    if kind is LabelKind.hard:
+        return {receipt.key: receipt.sha256 for receipt in images.values()}
+    names = images.keys() & labels.keys()
+    return {receipts[name].key: receipts[name].sha256 for receipts in (images, labels) for name in names}
+
+
+def teacher_folder(
+    name: str, teacher: TeacherConfig, teach: TeachConfig, dataset: PreparedDataset, artifacts_dir: Path, threads: int
+) -> Path:
+    """Where the artifact of these settings belongs. Weights from elsewhere are named by their own digest."""
+    settings: dict[str, Any] = {"version": 1, "teacher": plain(teacher), "dataset": dataset.content_hash}
+    del settings["teacher"]["allow_pickle"]
+    if teacher.source == "train":
+        settings |= {"teach": {k: v for k, v in plain(teach).items() if k != "checkpoint_every"}, "threads": threads}
+    elif not teacher.source.startswith("timm:"):
+        settings["teacher"]["source"] = sha256_of_file(find_weights(Path(teacher.source)))
+    return artifacts_dir / "teachers" / f"{name}-{content_hash(settings)}"

@@ -1,0 +1,146 @@
+"""Small real runs to report: shards of 8x8 gray PNGs written through the project's own schema."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from prism_ray import schema
+from prism_ray.report.contents import (
+    Cosine,
+    DatasetFacts,
+    RunSummary,
+    StudentResult,
+    TeacherFacts,
+    UnitLosses,
+)
+
+CLASS_NAMES = ("circle", "square", "triangle")
+SummaryMaker = Callable[..., RunSummary]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A uint8 image (H, W) or (H, W, 3) as PNG."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def gray(value: int, *, side: int = 8) -> bytes:
+    """A shape on a flat background, told apart by its gray value."""
+    pixels = np.full((side, side), value, dtype=np.uint8)
+    pixels[2:-2, 2:-2] = 255 - value
+    return png(pixels)
+
+
+def write_images(
+    path: Path, rows: Sequence[tuple[int, int, bytes]], *, method: str, class_names: Sequence[str] = CLASS_NAMES
+) -> str:
+    """An image shard of (class id, index in class, PNG)."""
+    columns = dict(schema.IMAGE_COLUMNS)
+    content = [
+        dict.fromkeys(columns)
+        | {
+            "image": {"bytes": data, "path": None},
+            "label": class_id,
+            "image_id": f"{class_id}-{index}",
+            "unit_id": path.stem,
+            "class_name": class_names[class_id],
+            "index_in_class": index,
+            "seed": 0,
+            "method": method,
+        }
+        for class_id, index, data in rows
+    ]
+    return _write(path, pa.Table.from_pylist(content, schema=schema.image_schema(schema.IMAGE_COLUMNS, class_names)))
+
+
+def write_real(path: Path, rows: Sequence[tuple[int, bytes]], *, class_names: Sequence[str] = CLASS_NAMES) -> str:
+    """A shard of real images of (class id, PNG)."""
+    content = [
+        {"image": {"bytes": data, "path": None}, "label": class_id, "image_id": str(row)}
+        for row, (class_id, data) in enumerate(rows)
+    ]
+    return _write(path, pa.Table.from_pylist(content, schema=schema.image_schema(schema.REAL_COLUMNS, class_names)))
+
+
+def _write(path: Path, table: pa.Table) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(schema.table_bytes(table))
+    return str(path)
+
+
+def _students(labels: Literal["soft", "hard"], top1: float) -> list[StudentResult]:
+    return [
+        StudentResult(seed=seed, labels=labels, top1=top1 + 0.01 * seed, seconds=3.25, steps=300, num_params=12_345)
+        for seed in range(3)
+    ]
+
+
+def summary_with_shards(folder: Path, label: str, class_names: Sequence[str], changes: dict[str, object]) -> RunSummary:
+    """A run with real shards on disk: two units, one image of each class in both."""
+    shards = [
+        write_images(
+            folder / "images" / f"{index:05d}.parquet",
+            [(class_id, index, gray((40 * class_id + 10 * index) % 256)) for class_id in range(len(class_names))],
+            method=label,
+            class_names=class_names,
+        )
+        for index in range(2)
+    ]
+    real = write_real(
+        folder.parent / "real.parquet",
+        [(class_id, gray((200 + class_id) % 256)) for _ in range(12) for class_id in range(len(class_names))],
+        class_names=class_names,
+    )
+    content: dict[str, object] = {
+        "run_id": f"shapes-{label}-0123456789ab",
+        "label": label,
+        "method": label,
+        "recipe": "shapes",
+        "dataset": DatasetFacts(
+            name="shapes", class_names=list(class_names), image_size=8, channels=1, num_train=1437, num_test=360
+        ),
+        "images_per_class": 2,
+        "num_images": 2 * len(class_names),
+        "num_units": 2,
+        "image_bytes": 12_345,
+        "label_bytes": 4_560_000,
+        "synthesis_s": 34.5,
+        "images_per_s": 0.1739,
+        "teachers": [
+            TeacherFacts(
+                name="resnet",
+                arch="resnet18",
+                accuracy=0.9806,
+                num_params=43_210,
+                num_bn_layers=9,
+                roles=["primary", "statistics"],
+                sha256="ab" * 32,
+            )
+        ],
+        "students": [
+            *_students("soft", 0.9),
+            *_students("hard", 0.7),
+        ],
+        "cosine": Cosine(mean=0.8123, std=0.05, real_mean=0.7456, real_std=0.04, feature_model="vit"),
+        "budget": [400, 350],
+        "config": {
+            "recipe_name": "shapes",
+            "seed": 0,
+            "images_per_class": 2,
+            "storage": "outputs",
+            "method": {"name": label, "lr": 0.05, "adam_betas": [0.5, 0.9]},
+            "student": {"arch": "prism_convnet", "steps": 300},
+        },
+        "config_hash": "0123456789abcdef",
+        "versions": {"prism_ray": "0.1.0", "torch": "2.10.0"},
+        "shards": shards,
+        "real_images": [real],
+        "loss_curve": [UnitLosses(unit_id="00000", ce=0.01, bn=3.5), UnitLosses(unit_id="00001", ce=0.02, bn=3.1)],
+    }
+    return RunSummary(**(content | changes))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,250 @@
+"""The report: complete in itself, safe to open, the same for the same runs, shown by a browser without complaint."""
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_samples import CLASS_NAMES, SummaryMaker, png, write_images
+from selenium.webdriver import Chrome
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.select import Select
+
+from prism_ray.errors import InputError
+from prism_ray.report.contents import Cosine, Quarantined, RunSummary, StudentResult
+from prism_ray.report.html import render_report, write_report
+
+ATTACK = "<script>alert(1)</script>"
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the texts of table cells by row."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.rows[-1][-1] += data.strip()
+
+
+def render(*summaries: RunSummary) -> str:
+    return render_report(summaries, title="shapes", command="prism-ray report")
+
+
+def row_of(page: str, label: str) -> list[str]:
+    """The run's row in the table of results, the first one that starts with its label."""
+    return next(row for row in Elements(page).rows if row and row[0] == label and len(row) == 11)
+
+
+def test_the_table_shows_the_values_as_they_are(make_summary: SummaryMaker) -> None:
+    assert row_of(render(make_summary("prism")), "prism") == [
+        "prism",
+        "2",
+        "6",
+        "91.00 ± 1.00n = 3",
+        "71.00 ± 1.00n = 3",
+        "0.812 ± 0.050",
+        "0.746 ± 0.040",
+        "12.3 kB",
+        "4.56 MB",
+        "34.5",
+        "0.174",
+    ]
+
+
+def test_a_single_seed_has_no_deviation_and_missing_values_are_dashes(make_summary: SummaryMaker) -> None:
+    summary = make_summary(
+        "real",
+        images_per_class=None,
+        students=[StudentResult(seed=0, labels="hard", top1=0.5, seconds=None, steps=3, num_params=3)],
+        cosine=Cosine(mean=float("nan"), real_mean=0.5),
+        synthesis_s=None,
+        images_per_s=None,
+        label_bytes=0,
+    )
+    page = render(summary)
+    assert row_of(page, "real") == ["real", "all", "6", "–", "50.00n = 1", "–", "0.500", "12.3 kB", "0 B", "–", "–"]  # noqa: RUF001
+    assert "nan" not in page.lower()
+
+
+def test_names_are_shown_and_never_run(make_summary: SummaryMaker) -> None:
+    summary = make_summary(
+        class_names=(ATTACK, '" onerror="alert(1)', "triangle"),
+        quarantined=[Quarantined(unit_id="0", reason=ATTACK)],
+        config={"x": f"</code>{ATTACK}"},
+        versions={ATTACK: ATTACK},
+    )
+    page = render_report([replace(summary, label=f"a{ATTACK}")], title=ATTACK, command=f"prism-ray '{ATTACK}'")
+    elements = Elements(page)
+    assert ATTACK not in page
+    assert [tag for tag, _ in elements.tags].count("script") == 1  # the filter's
+    assert not [attributes for _, attributes in elements.tags if any(name.startswith("on") for name in attributes)]
+    assert ATTACK in {attributes.get("data-class") for tag, attributes in elements.tags if tag == "img"}
+
+
+def test_nothing_is_loaded_from_elsewhere(make_summary: SummaryMaker) -> None:
+    page = render(make_summary("a"), make_summary("b"))
+    elements = Elements(page)
+    addresses = [
+        value
+        for tag, attributes in elements.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action") and value
+    ]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_images_say_what_they_are(make_summary: SummaryMaker) -> None:
+    images = [attributes for tag, attributes in Elements(render(make_summary("prism"))).tags if tag == "img"]
+    assert all(image["class"] == "gallery-image" for image in images)
+    assert {"real circle 9", "prism circle 0", "prism triangle 1"} <= {image["alt"] for image in images}
+    assert {image["data-class"] for image in images} == set(CLASS_NAMES)
+
+
+def test_the_same_runs_give_the_same_bytes(make_summary: SummaryMaker) -> None:
+    assert render(make_summary("a"), make_summary("b")) == render(make_summary("a"), make_summary("b"))
+
+
+def test_quarantined_units_are_named(make_summary: SummaryMaker) -> None:
+    page = render(
+        make_summary("a", quarantined=[Quarantined(unit_id="00001", reason="out of memory")]), make_summary("b")
+    )
+    assert "Quarantined units: 1 of 4." in page
+    assert "<code>00001</code>: out of memory" in page
+
+
+def test_no_quarantined_unit_is_said_too(make_summary: SummaryMaker) -> None:
+    assert "Quarantined units: none" in render(make_summary())
+
+
+def test_rows_under_different_protocols_are_marked(make_summary: SummaryMaker) -> None:
+    first = make_summary("a")
+    method = make_summary("b", config=first.config | {"method": {"lr": 0.1}})
+    student = make_summary("c", config=first.config | {"student": {"arch": "prism_convnet", "steps": 900}})
+    weights = make_summary("d", teachers=[replace(first.teachers[0], sha256="cd" * 32)])
+    warning = "not made under one protocol"
+    assert warning not in render(first, replace(first, label="again"))
+    assert warning not in render(first, method)
+    assert warning in render(first, student)
+    assert warning in render(first, weights)
+
+
+def test_the_config_can_be_copied_to_a_command_line(make_summary: SummaryMaker) -> None:
+    assert "method.adam_betas=[0.5, 0.9]" in render(make_summary()).replace("&#34;", '"')
+
+
+def test_the_file_replaces_the_old_one_and_can_be_read_by_others(make_summary: SummaryMaker, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.html"
+    for _ in range(2):
+        write_report([make_summary()], path, title="shapes", command="prism-ray report")
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_report_that_fails_leaves_the_old_one(make_summary: SummaryMaker, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(InputError):
+        write_report([make_summary("a", shards=["gone.parquet"])], path, title="", command="")
+    assert path.read_text() == "old"
+
+
+def test_a_thousand_noisy_images_stay_below_five_megabytes(make_summary: SummaryMaker, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        (class_id, index, png(generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)))
+        for class_id in range(3)
+        for index in range(340)
+    ]
+    shard = write_images(tmp_path / "many.parquet", rows, method="m")
+    page = render(*(make_summary(label, shards=[shard]) for label in "abcdefghij"))
+    assert len(page.encode()) < 5_000_000
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Chrome]:
+    """Headless Chromium with its console log."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    options = Options()
+    options.binary_location = chromium
+    for name in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        f"user-data-dir={tmp_path / 'profile'}",
+    ):
+        options.add_argument(f"--{name}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(options=options, service=Service(executable_path=driver))
+    yield chrome
+    chrome.quit()
+
+
+def test_a_browser_shows_every_image_without_complaint(
+    browser: Chrome, make_summary: SummaryMaker, tmp_path: Path
+) -> None:
+    classes = [ATTACK, "café ☕", "triangle"]
+    path = tmp_path / "report.html"
+    summaries = [make_summary(label, class_names=classes) for label in ("prism", "sre2l", "random_real")]
+    write_report(summaries, path, title="shapes", command="prism-ray report")
+    browser.get(path.as_uri())
+
+    images = browser.find_elements(By.CSS_SELECTOR, ".gallery-image")
+    widths = browser.execute_script("return [...document.querySelectorAll('.gallery-image')].map(i => i.naturalWidth)")
+    assert len(images) == len(classes) * (10 + 3 * 2)
+    assert set(widths) == {8}
+    assert {image.get_attribute("data-class") for image in images} == set(classes)
+
+    for width in (1280, 420):
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+        )
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+    Select(browser.find_element(By.CSS_SELECTOR, "#class-filter select")).select_by_visible_text("triangle")
+    shown = [
+        s.find_element(By.TAG_NAME, "h3").text
+        for s in browser.find_elements(By.CLASS_NAME, "gallery-class")
+        if s.is_displayed()
+    ]
+    assert shown == ["triangle"]
+
+    complaints = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert complaints == []

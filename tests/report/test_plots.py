@@ -1,0 +1,81 @@
+"""Figures: the numbers are in them, and nothing of the machine or the day is."""
+
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from report_samples import SummaryMaker
+
+from prism_ray.report.contents import Cosine, RunSummary, StudentResult, UnitLosses
+from prism_ray.report.plots import accuracy_plot, cosine_plot, loss_plot
+
+PLOTS = (accuracy_plot, cosine_plot, loss_plot)
+
+
+def texts(svg: str | None) -> list[str]:
+    assert svg is not None
+    return ["".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("}text")]
+
+
+def test_the_same_runs_give_the_same_bytes(make_summary: SummaryMaker) -> None:
+    summaries = [make_summary("a"), make_summary("b")]
+    for plot in PLOTS:
+        assert plot(summaries) == plot(summaries)
+
+
+def test_colors_and_font_come_from_the_page(make_summary: SummaryMaker) -> None:
+    for plot in PLOTS:
+        svg = plot([make_summary("a")])
+        assert svg is not None
+        assert not re.search(r"#[0-9a-f]{6}", svg)
+        assert "DejaVu" not in svg
+        assert "var(--ink)" in svg
+
+
+def test_ids_are_unique_across_figures(make_summary: SummaryMaker) -> None:
+    page = "".join(plot([make_summary("a")]) or "" for plot in PLOTS)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
+
+
+def test_accuracy_names_runs_and_means(make_summary: SummaryMaker) -> None:
+    found = texts(accuracy_plot([make_summary("a"), make_summary("b")]))
+    assert {"a", "b", "91.0", "71.0", "soft labels", "hard labels", "chance"} <= set(found)
+
+
+def test_names_are_no_markup_and_no_formula(make_summary: SummaryMaker) -> None:
+    label = "<b>$x_1$&"
+    summary = replace(make_summary(), label=label)
+    assert label in texts(accuracy_plot([summary]))
+    assert label in texts(loss_plot([summary]))
+
+
+def test_a_long_name_is_cut(make_summary: SummaryMaker) -> None:
+    assert "prism_without_aux…" in texts(accuracy_plot([make_summary("prism_without_auxiliary_teachers")]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_missing_values_are_left_out_without_a_warning(make_summary: SummaryMaker) -> None:
+    student = StudentResult(seed=0, labels="soft", top1=None, seconds=None, steps=3, num_params=3)
+    units = [UnitLosses(unit_id="0", ce=None, bn=2.0), UnitLosses(unit_id="1", ce=1.0, bn=float("nan"))]
+    bare = make_summary("a", students=[student], cosine=Cosine(mean=float("nan")), loss_curve=units)
+    full = make_summary("b")
+    for plot in PLOTS:
+        assert plot([bare, full]) is not None
+
+
+def without_results(summary: RunSummary) -> bool:
+    return all(plot([summary]) is None for plot in PLOTS)
+
+
+def test_no_values_make_no_figure(make_summary: SummaryMaker) -> None:
+    assert without_results(make_summary("a", students=[], cosine=Cosine(), loss_curve=[]))
+
+
+def test_losses_over_a_wide_range_are_logarithmic_and_say_so(make_summary: SummaryMaker) -> None:
+    units = [UnitLosses(unit_id=str(k), ce=10.0**-k, bn=3.0 + k) for k in range(4)]
+    found = texts(loss_plot([make_summary("a", loss_curve=units)]))
+    assert "cross-entropy, nats (log)" in found
+    assert "statistics term" in found
