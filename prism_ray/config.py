@@ -263,6 +263,9 @@ class ComputeConfig:
     unit_timeout_s: float = setting(
         3600.0, doc="without any finished unit for this long, the run fails", check=positive, output=False
     )
+    effective_tflops: float = setting(
+        0.01, doc="sustained TFLOP/s of one device, for the estimate of `plan`", check=positive, output=False
+    )
     lease_s: float = setting(
         30.0, doc="silence after which another driver's lock may be taken over", check=positive, output=False
     )

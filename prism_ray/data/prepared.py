@@ -49,13 +49,19 @@ def prepare_dataset(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDat
     """
     source = open_source(dataset)
     fingerprint = source.fingerprint()
-    folder = Path(artifacts_dir) / "datasets" / f"{dataset.name}-{_dataset_hash(dataset, fingerprint)}"
+    folder = _folder(dataset, artifacts_dir, fingerprint)
     if not (folder / SUMMARY).exists():
         source.check()
         with published_folder(folder, marker=SUMMARY) as building:
             summary = _write(source, dataset, building) | {"source_fingerprint": fingerprint}
             write_durably(building / SUMMARY, _json_lines(summary))
     return PreparedDataset.open(folder)
+
+
+def find_prepared(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDataset | None":
+    """The prepared data set of these settings and this source, None if it was not made yet."""
+    folder = _folder(dataset, artifacts_dir, open_source(dataset).fingerprint())
+    return PreparedDataset.open(folder) if (folder / SUMMARY).exists() else None
 
 
 def class_names_hash(class_names: Sequence[str]) -> str:
@@ -208,6 +214,10 @@ class PreparedDataset:
 
 
 _SUMMARY_FIELDS = ("name", "class_names", "image_size", "channels", "counts", "mean", "std", "split")
+
+
+def _folder(dataset: DatasetConfig, artifacts_dir: Path, fingerprint: str) -> Path:
+    return Path(artifacts_dir) / "datasets" / f"{dataset.name}-{_dataset_hash(dataset, fingerprint)}"
 
 
 def _dataset_hash(dataset: DatasetConfig, fingerprint: str) -> str:

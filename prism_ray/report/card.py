@@ -95,13 +95,14 @@ def _yaml_character(character: str) -> str:
 def markdown_text(value: object) -> str:
     """Text that Markdown and HTML show as it is, on one line, also within a table."""
     line = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", line)
+    # An underscore inside a word is no emphasis, and names are full of them.
+    return re.sub(r"([\\`*{}\[\]<>()#+!|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", line)
 
 
 def _type_name(kind: pa.DataType) -> str:
     if kind == schema.IMAGE:
         return "image"
-    return str(kind).replace("list<item: string>", "list of string").replace("list<element: string>", "list of string")
+    return f"list of {kind.value_type}" if pa.types.is_list(kind) else _feature(kind)["dtype"]
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError
@@ -47,6 +48,7 @@ def make_teacher(item: TeacherItem) -> None:
         "accuracy": accuracy,
         "architecture": classifier.architecture,
         "num_params": num_parameters(classifier),
+        "forward_flops": forward_flops(classifier, dataset, device),
         "num_bn_layers": num_bn_layers(classifier),
         "class_names_hash": dataset.class_names_hash,
         "dataset": dataset.content_hash,
@@ -63,6 +65,14 @@ def make_teacher(item: TeacherItem) -> None:
         finally:
             shutil.rmtree(built, ignore_errors=True)
         checkpoint_of(item).unlink(missing_ok=True)
+
+
+def forward_flops(classifier: Classifier, dataset: PreparedDataset, device: torch.device) -> int:
+    """Floating-point operations of one image's forward pass, as torch counts them (a multiply-add is two)."""
+    image = torch.zeros(1, dataset.channels, dataset.image_size, dataset.image_size, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        classifier(image)
+    return counter.get_total_flops()
 
 
 def checkpoint_of(item: TeacherItem) -> Path:

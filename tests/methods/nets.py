@@ -37,12 +37,13 @@ class ResidualNet(nn.Module):
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.norm = nn.BatchNorm2d(width)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.branch_norm = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
-        y = self.conv(nn.functional.silu(self.norm(x)))
-        return self.head((self.shortcut_norm(x) + y).mean(dim=(2, 3)))
+        y = self.branch_norm(self.conv(nn.functional.silu(self.norm(x))))
+        return self.head((y + self.shortcut_norm(x)).mean(dim=(2, 3)))
 
 
 class RepeatedNormNet(nn.Module):

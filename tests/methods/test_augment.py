@@ -75,6 +75,8 @@ def test_crop_positions_reach_both_ends_and_every_place_between():
         counts = np.bincount(start[extent == 6])
         assert len(counts) == 3
         assert counts.min() > 0.9 * counts.mean()
+    of_one_size = (draws.height == 6) & (draws.width == 6)
+    assert abs(np.corrcoef(draws.top[of_one_size], draws.left[of_one_size])[0, 1]) < 0.1
 
 
 def ks_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -61,6 +61,7 @@ def test_every_column_is_explained() -> None:
 
 def test_texts_cannot_break_a_table_or_bring_html() -> None:
     assert markdown_text("a|b\n<img onerror=x>") == r"a\|b \<img onerror=x\>"
+    assert markdown_text("_one_ random_real") == r"\_one\_ random_real"
 
 
 def test_quarantined_units_are_named(make_summary: SummaryMaker) -> None:

@@ -87,7 +87,7 @@ def test_a_single_seed_has_no_deviation_and_missing_values_are_dashes(make_summa
         label_bytes=0,
     )
     page = render(summary)
-    assert row_of(page, "real") == ["real", "all", "6", "–", "50.00n = 1", "–", "0.500", "12.3 kB", "0 B", "–", "–"]  # noqa: RUF001
+    assert row_of(page, "real") == ["real", "all", "6", "–", "50.00n = 1", "–", "0.500", "12.3 kB", "0 B", "–", "–"]
     assert "nan" not in page.lower()
 
 

@@ -1,0 +1,272 @@
+"""Verbs that look and do not make: plan, status, verify, retry, report, doctor."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prism_ray import __version__, summary
+from prism_ray.config import Config, Engine, LabelKind, run_id
+from prism_ray.data.prepared import PreparedDataset, find_prepared
+from prism_ray.data.sources import open_source
+from prism_ray.errors import InputError, PrismError, one_line
+from prism_ray.ledger import Ledger
+from prism_ray.lock import RunLock, newest_epoch
+from prism_ray.plan import Unit, label_teachers, plan_units, statistics_teachers, used_teachers
+from prism_ray.report.format import format_bytes
+from prism_ray.runs import Run, locate, require, versions
+from prism_ray.runtime.session import cluster_address, local_resources
+from prism_ray.storage import check_writable, open_store, read_json
+from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, teacher_folder
+
+
+def describe(config: Config) -> str:
+    """How a run is called in messages."""
+    return f"run {run_id(config)}"
+
+
+# plan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Operations of a run, None where a teacher has not been built yet."""
+
+    synthesis_flops: float | None
+    label_flops: float | None
+
+
+def plan_text(config: Config) -> str:
+    """Units, images, bytes, operations and device-hours of a run. Makes nothing and starts nothing."""
+    dataset = find_prepared(config.dataset, open_store(config.storage).path("artifacts"))
+    names, units = _planned(config, dataset)
+    num_images = sum(len(unit.images) for unit in units)
+    sides = config.dataset.image_size
+    pixel_bytes = num_images * config.dataset.channels * sides * sides
+    soft = LabelKind.soft in config.student.labels
+    label_bytes = num_images * config.labels.views * len(names) * 2 if soft else 0
+    students = len(config.student.seeds) * len(config.student.labels)
+    lines = [
+        f"{describe(config)}: {'begun' if locate('', config).store.size('config.yaml') else 'not begun'}",
+        f"  classes     {len(names)}",
+        f"  units       {len(units)}, each one shard and one task",
+        f"  images      {num_images} of {sides}x{sides}, at most {format_bytes(pixel_bytes)} of pixels",
+        f"  labels      {num_images * config.labels.views if soft else 0} views, {format_bytes(label_bytes)} of logits",
+        f"  students    {students}, {config.student.steps} steps of {config.student.batch_size} images each",
+    ]
+    if config.method.engine is Engine.inversion:
+        budget = sorted({unit.iterations for unit in units}, reverse=True)
+        lines.append(f"  iterations  {sum(unit.iterations for unit in units)} in all, per unit {budget}")
+    estimate = estimate_operations(config, units, _teacher_flops(config, dataset))
+    rate = config.compute.effective_tflops * 1e12
+    for name, flops in (("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)):
+        if flops is None:
+            lines.append(f"  {name:10}  operations are known once the teachers are trained (stages=[prepare,teach])")
+        else:
+            hours = flops / rate / 3600
+            lines.append(
+                f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {config.compute.effective_tflops:g} TFLOP/s"
+            )
+    return "\n".join(lines)
+
+
+def _planned(config: Config, dataset: PreparedDataset | None) -> tuple[list[str], list[Unit]]:
+    """Class names and units; before the data is prepared, as if every class had enough real images."""
+    if dataset is not None:
+        return dataset.class_names, plan_units(config, [rows.tolist() for rows in dataset.rows_by_class("train")])
+    if config.images_per_class is None:
+        raise InputError("images_per_class=null: how many real images there are is known once stages=[prepare] has run")
+    names = open_source(config.dataset).class_names
+    return names, plan_units(config, [range(config.images_per_class)] * len(names))
+
+
+def _teacher_flops(config: Config, dataset: PreparedDataset | None) -> dict[str, float]:
+    """Forward operations per image of the teachers whose artifacts exist."""
+    if dataset is None:
+        return {}
+    found = {}
+    artifacts = open_store(config.storage).path("artifacts")
+    for name in used_teachers(config):
+        teacher = config.teachers.models[name]
+        folder = teacher_folder(name, teacher, config.teach, dataset, artifacts, config.compute.threads)
+        facts = read_json(open_store(str(folder)), "prism_ray.json")
+        if facts is not None:
+            found[name] = float(facts["forward_flops"])
+    return found
+
+
+def estimate_operations(config: Config, units: list[Unit], forward: dict[str, float]) -> Estimate:
+    """Floating-point operations from the plan itself: which networks run at which iteration of which unit.
+
+    A step is a forward pass and the gradient to the images, together twice the forward pass; an auxiliary teacher is
+    counted whole, although it stops after its last batch norm.
+    """
+    num_images = sum(len(unit.images) for unit in units)
+    label_names = label_teachers(config)
+    labels = None
+    if all(name in forward for name in label_names):
+        labels = num_images * config.labels.views * sum(forward[name] for name in label_names)
+    if config.method.engine is Engine.real:
+        return Estimate(0.0, labels)
+    if not all(name in forward for name in config.teachers.pool):
+        return Estimate(None, labels)
+    synthesis = 0.0
+    for unit in units:
+        for iteration in range(unit.iterations):
+            networks = {config.teachers.primary, *statistics_teachers(config, unit, iteration)}
+            synthesis += 2 * len(unit.images) * sum(forward[name] for name in networks)
+    return Estimate(synthesis, labels)
+
+
+# status, verify, retry, report
+
+
+def _opened(config: Config) -> Run:
+    """An existing run with its data set and teachers found, as far as they are there."""
+    run = require(config)
+    run.dataset = find_prepared(config.dataset, run.artifacts_dir)
+    if run.dataset is None:
+        raise InputError(f"{describe(config)}: its data set is not prepared; start the run first")
+    for name in used_teachers(config):
+        teacher = config.teachers.models[name]
+        folder = teacher_folder(
+            name, teacher, config.teach, run.dataset, run.artifacts_dir, config.compute.threads
+        )
+        run.teacher_dirs[name] = str(folder)
+    return run
+
+
+def status_text(config: Config) -> str:
+    """How far each stage is, and what was given up."""
+    run = _opened(config)
+    stages = [SYNTHESIZE, RELABEL] if run.needs_labels() else [SYNTHESIZE]
+    teachers = sum(Path(folder, "prism_ray.json").is_file() for folder in run.teacher_dirs.values())
+    students = run.students()
+    given_up = run.ledger.quarantined()
+    finished = "finished" if run.ledger.manifest() is not None else "in progress"
+    lines = [f"{describe(config)}: {finished}, epoch {newest_epoch(run.store)}, in {run.store.url}"]
+    lines.append(f"  teach       {teachers}/{len(run.teacher_dirs)} networks")
+    lines += [f"  {stage:10}  {len(run.done_units(stage))}/{len(run.units)} units" for stage in stages]
+    lines.append(f"  distill     {sum(item.is_done for item in students)}/{len(students)} networks")
+    lines.append(f"  quarantine  {len(given_up)} units")
+    lines += [f"    {e['stage']} {e['name']}: {e['reason']}" for e in given_up]
+    return "\n".join(lines)
+
+
+def verify(config: Config) -> list[dict[str, str]]:
+    """Compare everything a run published with its receipts, byte for byte, and write down what is wrong.
+
+    Returns:
+        One entry per problem, see `Ledger.verify`; the run's teachers and data set are looked at too.
+    """
+    run = _opened(config)
+    problems = run.ledger.verify()
+    run.ledger.record_damage([problem for problem in problems if problem["stage"]])
+    assert run.dataset is not None
+    for name in run.dataset.verify():
+        problems.append({"key": f"{run.dataset.folder}/{name}", "problem": "differs from what was prepared; delete the folder"})
+    for unit_id, images in _duplicate_images(run.ledger).items():
+        problems.append({"key": unit_id, "problem": f"holds image ids of another shard: {images}"})
+    return problems
+
+
+def _duplicate_images(ledger: Ledger) -> dict[str, str]:
+    """Shards that repeat an image id, by key: an image is published once or not at all."""
+    from prism_ray.ledger import read_table
+
+    seen: set[str] = set()
+    repeated = {}
+    for _, receipt in sorted(ledger.receipts(SYNTHESIZE).items()):
+        if ledger.store.size(receipt.key) != receipt.bytes:
+            continue
+        try:
+            image_ids = read_table(ledger.store, receipt.key)["image_id"].to_pylist()
+        except (OSError, ValueError, KeyError):
+            continue  # damaged, and reported as such
+        again = [image_id for image_id in image_ids if image_id in seen]
+        if again:
+            repeated[receipt.key] = ", ".join(again[:3])
+        seen.update(image_ids)
+    return repeated
+
+
+def retry(config: Config) -> int:
+    """Forget what was given up, so that the next run tries it again; returns the number of units."""
+    run = require(config)
+    with RunLock(run.store, name=run.name, lease_s=config.compute.lease_s):
+        return run.ledger.retry()
+
+
+def rewrite_report(config: Config, *, command: str) -> str:
+    """Make the report and the card again from what is on disk; returns where the report is."""
+    run = _opened(config)
+    if not run.ledger.receipts(SYNTHESIZE):
+        raise InputError(f"{describe(config)}: has no images yet; start the run first")
+    run.store.remove("report")
+    path = summary.write_reports([run], title=run.name, command=command, suite=None)
+    return f"look at the report:  {path.as_uri()}"
+
+
+# doctor
+
+
+def doctor_text(config: Config) -> tuple[str, bool]:
+    """What this machine and this installation can do, line by line, and whether a run can start."""
+    checks = [
+        _check("python", lambda: f"{platform.python_version()} on {platform.machine()}"),
+        _check("packages", lambda: ", ".join(f"{k} {v}" for k, v in versions().items())),
+        _check("torch", _torch_facts),
+        _check("xformers", _xformers_facts),
+        _check("machine", lambda: _machine_facts(config)),
+        _check("cluster", lambda: cluster_address(config.compute) or "a local one, started with each command"),
+        _check("storage", lambda: _storage_facts(config)),
+        _check("stages", lambda: f"{DISTILL} on {config.compute.executor.name}"),
+    ]
+    lines = [f"prism-ray {__version__}"]
+    lines += [f"  {'ok ' if healthy else 'BAD'} {name:9} {text}" for name, text, healthy in checks]
+    return "\n".join(lines), all(healthy for *_, healthy in checks)
+
+
+def _check(name: str, probe: Any) -> tuple[str, str, bool]:
+    try:
+        return name, probe(), True
+    except (PrismError, ImportError, OSError, RuntimeError) as error:
+        return name, one_line(error), False
+
+
+def _torch_facts() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"no GPU, {torch.backends.cpu.get_cpu_capability()} kernels on the CPU"
+    return ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
+
+
+def _xformers_facts() -> str:
+    """Present, absent and present-but-broken are all fine: attention falls back to PyTorch's own."""
+    if importlib.util.find_spec("xformers") is None:
+        return "not installed; PyTorch's own attention is used"
+    try:
+        importlib.import_module("xformers.ops")
+    except Exception as error:
+        return f"installed but does not load ({one_line(error)[:80]}); PyTorch's own attention is used"
+    return "installed"
+
+
+def _machine_facts(config: Config) -> str:
+    cpus, gpus = local_resources(config.compute)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{cpus:g} CPUs, {gpus:g} GPUs, {format_bytes(memory)} of memory"
+
+
+def _storage_facts(config: Config) -> str:
+    store = open_store(config.storage)
+    existed = store.root.exists()
+    check_writable(store)
+    free = shutil.disk_usage(store.root).free
+    if not existed:
+        store.root.rmdir()
+    return f"{store.url} is writable, {format_bytes(free)} free"
