@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +102,21 @@ def compose(overrides: Sequence[str]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     checked = [_checked_override(override) for override in overrides]
+    # Hydra adds nothing to a mapping that is there, and merges one into it; see `_with_entry`.
+    free = [override for override in checked if _is_free(override.partition("=")[0])]
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    checked = [_stored_recipe(override, store) for override in checked]
+    ruled = [_stored_recipe(override, store) for override in checked if override not in free]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose("config", overrides=checked)
+            composed = hydra_compose("config", overrides=ruled)
+        OmegaConf.set_struct(composed, False)
+        for override in free:
+            composed = _with_entry(composed, override)
         config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        reason = str(error.msg if hasattr(error, "msg") else error).splitlines()[0]
-        raise InputError(f"{key or 'settings'}: {reason}; see prism_ray/config.py for its type") from error
-    except (HydraException, yaml.YAMLError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise InputError(f"settings: {_first_lines(cause)}; see prism_ray/config.py for keys and types") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise _refusal(error, overrides) from error
     assert isinstance(config, Config)
     check_config(config)
     return config
@@ -151,13 +152,14 @@ def _checked_override(override: str) -> str:
         raise InputError(f"{override!r}: not an override; expected key=value")
     if "${" in value or "_target_" in override:
         raise InputError(f"{override!r}: interpolations and _target_ are not allowed; write the value itself")
-    _check_syntax(override)
     if key in GROUPS:
         _group_file(key, value)
     elif key == "suite":
         raise InputError("suite=...: belongs to the verb bench")
+    elif _is_text(_kind_of(key)) and value != "null" and value[:1] not in ("'", '"'):
+        return f"{key}={_quoted(value)}"  # a path may hold characters that Hydra's grammar wants quoted
     else:
-        _check_key(key)
+        _check_syntax(override)
     return override
 
 
@@ -165,18 +167,101 @@ def _check_syntax(override: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if override.startswith("recipe="):
-        return  # a path may hold characters that Hydra's grammar wants quoted
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise InputError(f"{override!r}: {str(error).splitlines()[0]}; expected key=value, lists as [a,b]") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{override!r}: not readable ({reason}); expected key=value, with lists as [a,b] and mappings as {{a:1}}"
+        ) from error
     if parsed.is_sweep_override():
         raise InputError(f"{override!r}: one value only; write a list as [a,b], and compare settings with a suite")
 
 
-def _check_key(key: str) -> None:
-    """Follow a dotted key through the schema."""
+def _quoted(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or set(typing.get_args(kind)) == {str, type(None)}
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key lies in a mapping of names of the user's own, such as `teachers.models` and `model_args`."""
+    parts = key.split(".")
+    heads = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return key not in GROUPS and any(typing.get_origin(_kind_of(head)) is dict for head in heads)
+
+
+def _with_entry(composed: Any, override: str) -> Any:
+    """The settings with an entry of such a mapping set: arguments are replaced, a teacher is added or completed."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    key = override.partition("=")[0]
+    value = OverridesParser.create().parse_override(override).value()
+    kind = _kind_of(key)
+    if (typing.get_origin(kind) is dict or is_dataclass(kind)) and not isinstance(value, dict):
+        raise InputError(f"{override}: not allowed; expected {_expected(kind)}")
+    if kind == dict[str, Any]:
+        # Arguments of another architecture would be of no use to this one.
+        composed = OmegaConf.merge(composed, _nested(key, {}))
+        OmegaConf.update(composed, key, value, merge=False)
+        return composed
+    return OmegaConf.merge(composed, _nested(key, value))
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _refusal(error: BaseException, overrides: Sequence[str]) -> InputError:
+    """One line for what Hydra or OmegaConf refused: key, value, what was expected."""
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing:
+        known = ", ".join(getattr(error, "options", None) or [])
+        return InputError(f"recipe: its defaults name {missing}, which does not exist; known: {known}")
+    key, reason = None, _first_lines(error)
+    cause: BaseException | None = error
+    while cause is not None and key is None:
+        key = getattr(cause, "full_key", None)
+        reason = _first_lines(cause, 1) if key else reason
+        cause = cause.__cause__ or cause.__context__
+    key = (key or "").partition("[")[0]
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    try:
+        expected = f"expected {_expected(_kind_of(key))}"
+    except InputError:
+        expected = "see prism_ray/config.py for keys and types"
+    return InputError(
+        f"{given[-1]}: not allowed; {expected}" if given else f"{key or 'settings'}: {reason}; {expected}"
+    )
+
+
+def _expected(kind: Any) -> str:
+    """A type of the schema in words."""
+    arguments = [argument for argument in typing.get_args(kind) if argument is not type(None)]
+    if typing.get_origin(kind) is list:
+        return f"a list such as [a,b], each {_expected(arguments[0])}"
+    if typing.get_origin(kind) is dict or is_dataclass(kind):
+        return "a mapping such as {a:1}"
+    if arguments:
+        return f"{_expected(arguments[0])} or null"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, "another value")
+
+
+def _kind_of(key: str) -> Any:
+    """Follow a dotted key through the schema to its type.
+
+    Raises:
+        InputError: there is no such setting; names the nearest.
+    """
     kind: Any = Config
     walked: list[str] = []
     for part in key.split("."):
@@ -193,6 +278,7 @@ def _check_key(key: str) -> None:
         elif kind is not Any:
             raise InputError(f"{key}: unknown setting; {'.'.join(walked)} has no parts")
         walked.append(part)
+    return kind
 
 
 def _all_keys(kind: Any, prefix: str = "") -> list[str]:
@@ -213,9 +299,23 @@ def _stored_recipe(override: str, store: Any) -> str:
     path = Path(value)
     content = _read_yaml(path)
     name = re.sub(r"[^A-Za-z0-9_]", "_", path.stem)
+    for key in _keys_within(content):
+        try:
+            _kind_of(key)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     content.setdefault("recipe_name", name)
     store.store(group="recipe", name=name, package="_global_", node=content)
     return f"recipe={name}"
+
+
+def _keys_within(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a recipe's settings."""
+    for key, value in content.items():
+        if prefix or key != "defaults":
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from _keys_within(value, f"{prefix}{key}.")
 
 
 def _group_names(group: str) -> list[str]:
@@ -257,9 +357,9 @@ def _nearest(name: str, known: Any) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _first_lines(error: BaseException | None) -> str:
+def _first_lines(error: BaseException | None, count: int = 2) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])
+    return " ".join(lines[:count])
 
 
 # Verbs

@@ -248,14 +248,19 @@ class ComputeConfig:
     address: str | None = setting(
         None, doc="Ray cluster to join; null: RAY_ADDRESS if set, else a local one", output=False
     )
-    cpus: int | None = setting(None, doc="logical CPUs of a local cluster; null: the machine's", output=False)
-    actors: int | None = setting(None, doc="actors; null: as many as fit", output=False)
+    cpus: int | None = setting(
+        None, doc="logical CPUs of a local cluster; null: the machine's", check=at_least_one, output=False
+    )
+    actors: int | None = setting(None, doc="actors; null: as many as fit", check=at_least_one, output=False)
     cpus_per_actor: float = setting(0.5, doc="logical CPUs reserved by an actor", check=positive, output=False)
     gpus_per_actor: float = setting(
         0.0, doc="GPUs of an actor, fractions below 1 allowed", check=not_negative, output=False
     )
     train_workers: int | None = setting(
-        None, doc="workers that share a list of networks to train; null: as many as fit", output=False
+        None,
+        doc="workers that share a list of networks to train; null: as many as fit",
+        check=at_least_one,
+        output=False,
     )
     gpus_per_train_worker: float = setting(0.0, doc="GPUs of a training worker", check=not_negative, output=False)
     threads: int = setting(1, doc="CPU threads of every computation; part of the plan", check=at_least_one)

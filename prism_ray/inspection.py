@@ -15,11 +15,12 @@ from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
-from prism_ray.plan import Unit, label_teachers, plan_units, statistics_teachers, used_teachers
+from prism_ray.plan import Unit, label_teachers, plan_units, statistics_pool, statistics_teachers, used_teachers
 from prism_ray.report.format import format_bytes
-from prism_ray.runs import Run, locate, require, versions
+from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
-from prism_ray.storage import check_writable, open_store, read_json
+from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
+from prism_ray.weights import find_weights
 from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, teacher_folder
 
 
@@ -111,7 +112,7 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
         labels = num_images * config.labels.views * sum(forward[name] for name in label_names)
     if config.method.engine is Engine.real:
         return Estimate(0.0, labels)
-    if not all(name in forward for name in config.teachers.pool):
+    if not all(name in forward for name in [config.teachers.primary, *statistics_pool(config)]):
         return Estimate(None, labels)
     synthesis = 0.0
     for unit in units:
@@ -132,9 +133,7 @@ def _opened(config: Config) -> Run:
         raise InputError(f"{describe(config)}: its data set is not prepared; start the run first")
     for name in used_teachers(config):
         teacher = config.teachers.models[name]
-        folder = teacher_folder(
-            name, teacher, config.teach, run.dataset, run.artifacts_dir, config.compute.threads
-        )
+        folder = teacher_folder(name, teacher, config.teach, run.dataset, run.artifacts_dir, config.compute.threads)
         run.teacher_dirs[name] = str(folder)
     return run
 
@@ -167,9 +166,29 @@ def verify(config: Config) -> list[dict[str, str]]:
     run.ledger.record_damage([problem for problem in problems if problem["stage"]])
     assert run.dataset is not None
     for name in run.dataset.verify():
-        problems.append({"key": f"{run.dataset.folder}/{name}", "problem": "differs from what was prepared; delete the folder"})
+        problems.append(
+            {"key": f"{run.dataset.folder}/{name}", "problem": "differs from what was prepared; delete the folder"}
+        )
+    problems += _teacher_problems(run)
     for unit_id, images in _duplicate_images(run.ledger).items():
         problems.append({"key": unit_id, "problem": f"holds image ids of another shard: {images}"})
+    return problems
+
+
+def _teacher_problems(run: Run) -> list[dict[str, str]]:
+    """Teachers whose weights are not those the run began with."""
+    problems = []
+    for name, pinned in (read_json(run.store, PINS) or {}).items():
+        folder = run.teacher_dirs.get(name.removeprefix(TEACHER_PIN))
+        if folder is None:
+            continue
+        try:
+            found = sha256_of_file(find_weights(Path(folder)))
+        except InputError:
+            found = None
+        if found != pinned:
+            problem = "its weights are missing" if found is None else "its weights differ from those the run began with"
+            problems.append({"key": folder, "problem": f"{problem}; restore or delete the folder"})
     return problems
 
 

@@ -61,8 +61,9 @@ class Ledger:
         """Receipts of a stage by unit name."""
         found = {}
         for key in self.store.keys(f"receipts/{stage}"):
-            receipt = Receipt(**json.loads(self.store.read(key)))
-            found[receipt.name] = receipt
+            receipt = self.receipt(stage, key.rsplit("/", 1)[1].removesuffix(".json"))
+            if receipt is not None:
+                found[receipt.name] = receipt
         return found
 
     def receipt(self, stage: str, name: str) -> Receipt | None:

@@ -117,7 +117,8 @@ def check_epoch(store: Store, epoch: int) -> None:
     Raises:
         Fenced: a higher epoch exists.
     """
-    if store.size(_epoch_key(epoch + 1)) is not None:
+    # The newest, not just the next: old epochs are cleaned away, and a driver may have slept through many.
+    if newest_epoch(store) > epoch:
         raise Fenced(f"{store.url}: another driver took this run over (epoch {epoch} ended); nothing more is published")
 
 

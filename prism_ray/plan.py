@@ -53,13 +53,8 @@ def plan_units(config: Config, rows_by_class: Sequence[Sequence[int]]) -> list[U
     Raises:
         InputError: a class has fewer real images than the plan takes, or the plan is larger than `max_images`.
     """
+    check_size(config, [len(rows) for rows in rows_by_class])
     batches = _batches(config, rows_by_class)
-    num_images = sum(len(pairs) for _, pairs in batches)
-    if num_images > config.max_images:
-        raise InputError(
-            f"images_per_class={config.images_per_class}: makes {num_images} images, more than max_images={config.max_images}; "
-            "lower it, or raise max_images if you mean it"
-        )
     takes_real = config.method.engine is Engine.real or config.method.init is Init.real
     sources = _selected_rows(config, rows_by_class) if takes_real else None
     run_hash = config_hash(config)
@@ -80,6 +75,21 @@ def plan_units(config: Config, rows_by_class: Sequence[Sequence[int]]) -> list[U
             )
         )
     return units
+
+
+def check_size(config: Config, real_images: Sequence[int]) -> None:
+    """Refuse a plan of too many images before it is made; `real_images` counts those of each class.
+
+    Raises:
+        InputError: more than `max_images`.
+    """
+    wanted = config.images_per_class
+    num_images = sum(real_images) if wanted is None else wanted * len(real_images)
+    if num_images > config.max_images:
+        raise InputError(
+            f"images_per_class={'null' if wanted is None else wanted}: makes {num_images} images, more than "
+            f"max_images={config.max_images}; lower it, or raise max_images if you mean it"
+        )
 
 
 def statistics_teachers(config: Config, unit: Unit, iteration: int) -> tuple[str, ...]:
@@ -104,10 +114,22 @@ def statistics_teachers(config: Config, unit: Unit, iteration: int) -> tuple[str
 
 
 def used_teachers(config: Config) -> list[str]:
-    """Names of the teachers a run needs, each once: the pool if it optimizes, label teachers, feature model."""
-    pool = config.teachers.pool if config.method.engine is Engine.inversion else []
+    """Names of the teachers a run needs, each once: those that guide it, label teachers, feature model.
+
+    The primary is always among them: it is asked about every stored image.
+    """
     feature_model = [config.evaluate.feature_model] if config.evaluate.feature_model else []
-    return list(dict.fromkeys([config.teachers.primary, *pool, *label_teachers(config), *feature_model]))
+    guiding = [config.teachers.primary, *statistics_pool(config)]
+    return list(dict.fromkeys([*guiding, *label_teachers(config), *feature_model]))
+
+
+def statistics_pool(config: Config) -> list[str]:
+    """Names of the teachers whose statistics some unit may match, in pool order; none where nothing is optimized."""
+    if config.method.engine is Engine.real:
+        return []
+    if config.method.statistics_role is StatisticsRole.primary:
+        return [config.teachers.primary]
+    return config.teachers.pool
 
 
 def label_teachers(config: Config) -> list[str]:

@@ -16,12 +16,14 @@ from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock
-from prism_ray.models.weights import find_weights
 from prism_ray.plan import Unit
 from prism_ray.storage import LocalStore, check_writable, open_store, read_json, sha256_of_file, to_json
-from prism_ray.work import RELABEL, SYNTHESIZE, RunSpec, StudentItem, image_receipt, label_receipt
+from prism_ray.weights import find_weights
+from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, RunSpec, StudentItem, image_receipt, label_receipt
 
 PINS = "pins.json"
+TEACHER_PIN = "sha256 of teacher "
+LISTED = ("key", "unit_id", "rows", "bytes", "sha256")
 PACKAGES = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
@@ -90,6 +92,21 @@ class Run:
             StudentItem(spec, seed, kind) for seed in self.config.student.seeds for kind in self.config.student.labels
         ]
 
+    def write_manifest(self) -> None:
+        """The commit of the run: everything it holds, once nothing of it is left to do.
+
+        Written last; a run folder without it is in progress.
+        """
+        students = [item for item in self.students() if not item.is_done]
+        if students or self.open_units(SYNTHESIZE) or (self.needs_labels() and self.open_units(RELABEL)):
+            return
+        content = {"version": 1, "run_id": self.name, "quarantined": self.ledger.quarantined()}
+        for stage in (SYNTHESIZE, RELABEL, DISTILL):
+            receipts = [receipt for _, receipt in sorted(self.ledger.receipts(stage).items())]
+            content[stage] = [{key: getattr(receipt, key) for key in LISTED} for receipt in receipts]
+        if self.ledger.manifest() != content:
+            self.ledger.write_manifest(content)
+
     # Pins
 
     def pin(self, key: str, value: Any) -> None:
@@ -110,7 +127,7 @@ class Run:
     def pin_teachers(self) -> None:
         """Pin the weights of every teacher."""
         for name, folder in self.teacher_dirs.items():
-            self.pin(f"sha256 of teacher {name}", sha256_of_file(find_weights(Path(folder))))
+            self.pin(f"{TEACHER_PIN}{name}", sha256_of_file(find_weights(Path(folder))))
 
 
 def locate(label: str, config: Config) -> Run:

@@ -167,11 +167,14 @@ def open_store(url: str) -> LocalStore:
 
 def check_writable(store: LocalStore) -> None:
     """Refuse a storage that cannot be written, before anything expensive starts."""
-    with storage_errors(store.root):
-        store.root.mkdir(parents=True, exist_ok=True)
-        probe = store.root / f"{TEMPORARY}-{uuid.uuid4().hex}"
-        probe.write_bytes(b"")
-        probe.unlink()
+    try:
+        with storage_errors(store.root):
+            store.root.mkdir(parents=True, exist_ok=True)
+            probe = store.root / f"{TEMPORARY}-{uuid.uuid4().hex}"
+            probe.write_bytes(b"")
+            probe.unlink()
+    except OSError as error:
+        raise InputError(f"{store.root}: not writable ({error.strerror}); choose another storage=...") from error
 
 
 def sha256_of(data: bytes) -> str:
@@ -191,11 +194,19 @@ def to_json(content: Any) -> bytes:
 
 
 def read_json(store: Store, key: str) -> Any | None:
-    """Parsed content of a JSON object, or None where there is none."""
+    """Parsed content of a JSON object, or None where there is none.
+
+    Raises:
+        PrismError: it is damaged. No kill leaves it so, only the disk or a hand.
+    """
     try:
         return json.loads(store.read(key))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise PrismError(
+            f"{store.path(key)}: damaged, no JSON in it; delete it and run the same command again"
+        ) from error
 
 
 def publish_folder(built: Path, final: Path) -> bool:

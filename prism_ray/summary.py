@@ -6,7 +6,7 @@ from typing import Any
 
 from prism_ray.config import Engine, LabelKind, config_hash, content_hash, plain
 from prism_ray.errors import InputError
-from prism_ray.plan import label_teachers, used_teachers
+from prism_ray.plan import label_teachers, statistics_pool, used_teachers
 from prism_ray.report.contents import (
     Cosine,
     DatasetFacts,
@@ -19,9 +19,7 @@ from prism_ray.report.contents import (
 )
 from prism_ray.runs import PINS, Run, versions
 from prism_ray.storage import open_store, read_json, to_json
-from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE
-
-EVALUATION = "metrics/evaluation.json"
+from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def summarize(run: Run, label: str | None = None) -> RunSummary:
     images, labels = run.ledger.receipts(SYNTHESIZE), run.ledger.receipts(RELABEL)
     num_images, seconds = sum(r.rows for r in images.values()), sum(r.seconds for r in images.values())
     optimized = config.method.engine is Engine.inversion
-    cosine = (read_json(run.store, EVALUATION) or {}).get("cosine") or {}
+    cosine = (read_json(run.store, DIVERSITY) or {}).get("cosine") or {}
     per_slice = {unit.slice_index: unit.iterations for unit in run.units}
     return RunSummary(
         run_id=run.name,
@@ -108,7 +106,7 @@ def _teachers(run: Run) -> list[TeacherFacts]:
     pins = read_json(run.store, PINS) or {}
     roles = {
         "primary": [config.teachers.primary] if config.method.engine is Engine.inversion else [],
-        "statistics": config.teachers.pool if config.method.engine is Engine.inversion else [],
+        "statistics": statistics_pool(config),
         "labels": label_teachers(config) if run.needs_labels() else [],
         "features": [config.evaluate.feature_model or config.teachers.primary],
     }
@@ -193,7 +191,8 @@ def closing_text(runs: Sequence[Run], report: Path | None, quarantined: Sequence
             f"{len(quarantined)} units quarantined; `prism-ray retry` with the same settings tries them again",
             "",
         ]
-    shown = runs[-1] if len(runs) == 1 else max(runs, key=lambda run: run.config.method.engine is Engine.inversion)
+    optimized = [run for run in runs if run.config.method.engine is Engine.inversion]
+    shown = (optimized or list(runs))[-1]
     if report is not None:
         lines.append(f"look at the report:  {report.as_uri()}")
     if run_has_images(shown):

@@ -3,19 +3,21 @@
 Everything here is light: the driver plans and counts with it without importing torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prism_ray.config import Config, LabelKind, TeachConfig, TeacherConfig, content_hash, plain
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.ledger import Ledger, Receipt
-from prism_ray.models.weights import find_weights
 from prism_ray.plan import Unit, plan_units
-from prism_ray.storage import open_store, sha256_of_file
+from prism_ray.storage import open_store, read_json, sha256_of_file
+from prism_ray.weights import find_weights
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
+DIVERSITY = "metrics/diversity.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class UnitRef:
     run: int
     stage: str
     unit: int
+
+
+Chain = Sequence[UnitRef]
+"""Units that one worker makes one after another, each from the one before: images, then their labels."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,25 @@ class StudentItem:
         return ledger.is_done(ledger.receipt(DISTILL, self.name), student_inputs(ledger, self.labels))
 
 
-TrainingItem = TeacherItem | StudentItem
+@dataclass(frozen=True)
+class DiversityItem:
+    """The measurement of how alike a run's images are."""
+
+    spec: RunSpec
+    name: ClassVar[str] = "diversity"
+
+    @property
+    def scratch_dir(self) -> Path:
+        """A folder that every worker of the item can reach."""
+        return Path(self.spec.run_dir)
+
+    @property
+    def is_done(self) -> bool:
+        ledger = self.spec.ledger()
+        return (read_json(ledger.store, DIVERSITY) or {}).get("inputs") == student_inputs(ledger, LabelKind.hard)
+
+
+Item = TeacherItem | StudentItem | DiversityItem
 
 
 def image_receipt(unit: Unit) -> Receipt:

@@ -32,13 +32,18 @@ from prism_ray.errors import InputError, PrismError, one_line
 SUMMARY = "dataset.json"
 
 
-def check_dataset(dataset: DatasetConfig) -> None:
+def check_dataset(dataset: DatasetConfig) -> int:
     """Look at a bounded sample of the source, for at most about two seconds; the full scan belongs to preparing.
+
+    Returns:
+        The number of classes.
 
     Raises:
         InputError: one line that names the setting, file or class that is wrong and what to do.
     """
-    open_source(dataset).check()
+    source = open_source(dataset)
+    source.check()
+    return len(source.class_names)
 
 
 def prepare_dataset(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDataset":

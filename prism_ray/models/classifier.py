@@ -18,9 +18,9 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional
 
-import prism_ray.models.families as families  # registers this package's architectures
 from prism_ray.errors import InputError, one_line
-from prism_ray.models.weights import OWN_ARCHITECTURES, check_architecture, check_weights_file, find_weights
+from prism_ray.models import families
+from prism_ray.weights import OWN_ARCHITECTURES, check_architecture, check_weights_file, find_weights
 
 assert set(OWN_ARCHITECTURES) == set(families.NAMES)
 

@@ -1,7 +1,7 @@
 """Two plain convolutional families, registered with timm as `prism_vgg` and `prism_convnet`.
 
 timm's own VGG has fixed widths and five poolings, so it can be neither thinned nor fed 16-pixel images, and the
-ConvNet of the distillation literature is not in it. After `import prism_ray.models.families` both are ordinary timm
+ConvNet of the distillation literature is not in it. After `import prism_ray.models` both are ordinary timm
 models: `timm.create_model("local-dir:PATH", pretrained=True)` loads them back.
 
 Shapes: B images, C channels, H x W pixels, D pooled features, K classes.

@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
 from prism_ray.config import ComputeConfig
-from prism_ray.errors import PrismError
 from prism_ray.ledger import Outcome
 from prism_ray.runtime import session
-from prism_ray.work import RunSpec, TrainingItem, UnitRef
+from prism_ray.work import Chain, Item, RunSpec, UnitRef
 
 
 class RayRuntime:
-    """Units on Ray Data, trainings under Ray Train, single calls as Ray tasks. Imports ray on first use.
+    """Units on Ray Data, lists of networks under Ray Train. Imports ray on first use.
 
     Args:
         compute: where and how many.
@@ -30,33 +29,19 @@ class RayRuntime:
         if self._is_running:
             session.stop()
 
-    def units(self, specs: Sequence[RunSpec], refs: Sequence[UnitRef]) -> Iterator[tuple[UnitRef, Outcome]]:
+    def units(self, specs: Sequence[RunSpec], chains: Sequence[Chain]) -> Iterator[tuple[UnitRef, Outcome]]:
         """Make units on actors, yielding how each ended, in the order they end."""
         self._start()
         from prism_ray.runtime.units import run_units
 
-        return run_units(self._compute, specs, refs)
+        return run_units(self._compute, specs, chains)
 
-    def train(self, items: Sequence[TrainingItem]) -> None:
-        """Train every network of a list."""
+    def train(self, items: Sequence[Item]) -> None:
+        """Do every item of a list."""
         self._start()
         from prism_ray.runtime.train import run_trainings
 
         run_trainings(self._compute, items)
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """One call on a node that has what an actor needs."""
-        self._start()
-        import ray
-        from ray.exceptions import RayTaskError
-
-        options = {"num_cpus": self._compute.cpus_per_actor, "num_gpus": self._compute.gpus_per_actor}
-        try:
-            return ray.get(ray.remote(**options)(function).remote(*arguments))
-        except RayTaskError as error:
-            if isinstance(error.cause, PrismError):
-                raise error.cause from error
-            raise
 
     def _start(self) -> None:
         if self._is_running:

@@ -2,11 +2,11 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 from prism_ray.ledger import Outcome
-from prism_ray.work import RunSpec, TrainingItem, UnitRef
+from prism_ray.work import Chain, Item, RunSpec, UnitRef
 
 
 class InlineRuntime:
@@ -18,23 +18,19 @@ class InlineRuntime:
     def __exit__(self, *_: object) -> None:
         return
 
-    def units(self, specs: Sequence[RunSpec], refs: Sequence[UnitRef]) -> Iterator[tuple[UnitRef, Outcome]]:
-        """Make units in plan order, yielding how each ended."""
+    def units(self, specs: Sequence[RunSpec], chains: Sequence[Chain]) -> Iterator[tuple[UnitRef, Outcome]]:
+        """Make units in the given order, yielding how each ended."""
         from prism_ray.stages.worker import Worker
 
         node = f"{socket.gethostname()}-{os.getpid()}"
         worker = Worker(specs, node=node, live_nodes=lambda: {node})
-        for ref in refs:
-            yield ref, worker.process(ref)
+        for chain in chains:
+            yield from worker.process(chain)
 
-    def train(self, items: Sequence[TrainingItem]) -> None:
-        """Train every network of a list."""
-        from prism_ray.stages.training_worker import TrainingWorker
+    def train(self, items: Sequence[Item]) -> None:
+        """Do every item of a list."""
+        from prism_ray.stages.item_worker import ItemWorker
 
-        worker = TrainingWorker()
+        worker = ItemWorker()
         for item in items:
             worker.process(item)
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """One call, where the models are."""
-        return function(*arguments)

@@ -4,6 +4,9 @@ import logging
 import os
 import secrets
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +129,8 @@ def start(compute: ComputeConfig) -> None:
     import ray
 
     try:
-        ray.init(**options)
+        with _silenced_stderr():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         if local:
             raise
@@ -137,6 +141,20 @@ def start(compute: ComputeConfig) -> None:
     if not local:
         resources = ray.cluster_resources()
         check_fits(compute, resources.get("CPU", 0.0), resources.get("GPU", 0.0), where=f"the cluster at {address}")
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Keep a line of Ray's C++ core about its own log level from the terminal; Python's errors are raised, not printed."""
+    sys.stderr.flush()
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
 
 
 def stop() -> None:

@@ -17,14 +17,14 @@ from ray.train.torch import TorchTrainer
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import ExitCode, InputError, PrismError, one_line
 from prism_ray.runtime.session import fitting
-from prism_ray.stages.training_worker import TrainingWorker
-from prism_ray.work import TrainingItem
+from prism_ray.stages.item_worker import ItemWorker
+from prism_ray.work import Item
 
 MAX_FAILURES = 3
 """Restarts of a training group; each continues from the checkpoints, so a restart costs little."""
 
 
-def run_trainings(compute: ComputeConfig, items: Sequence[TrainingItem]) -> None:
+def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
     """Train a list of networks, shared out among the workers of one TorchTrainer run."""
     resources = ray.cluster_resources()
     gpus_each = compute.gpus_per_train_worker
@@ -62,7 +62,7 @@ def run_trainings(compute: ComputeConfig, items: Sequence[TrainingItem]) -> None
 
 
 @contextlib.contextmanager
-def _shared_folder(item: TrainingItem) -> Iterator[Path]:
+def _shared_folder(item: Item) -> Iterator[Path]:
     """A folder that driver and workers reach while they train; beside what the items make."""
     folder = item.scratch_dir / f".train-{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
@@ -76,7 +76,7 @@ def _train_share(config: dict[str, Any]) -> None:
     """A training worker: every n-th item of the list. Which worker trains an item changes nothing in it."""
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    worker = TrainingWorker()
+    worker = ItemWorker()
     try:
         for item in config["items"][rank::size]:
             worker.process(item)

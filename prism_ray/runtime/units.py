@@ -8,19 +8,20 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.exceptions import RayError
 
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import PrismError, one_line
 from prism_ray.ledger import Outcome
 from prism_ray.runtime.session import fitting
 from prism_ray.stages.worker import Worker
-from prism_ray.work import RunSpec, UnitRef
+from prism_ray.work import Chain, RunSpec, UnitRef
 
 NODE_CACHE_S = 5.0
 
 
 def run_units(
-    compute: ComputeConfig, specs: Sequence[RunSpec], refs: Sequence[UnitRef]
+    compute: ComputeConfig, specs: Sequence[RunSpec], chains: Sequence[Chain]
 ) -> Iterator[tuple[UnitRef, Outcome]]:
     """Make units on an actor pool that holds the models, yielding how each ended, in the order they end.
 
@@ -30,7 +31,7 @@ def run_units(
     resources = ray.cluster_resources()
     actors = fitting(
         compute.actors,
-        todo=len(refs),
+        todo=len(chains),
         cpus_each=compute.cpus_per_actor,
         gpus_each=compute.gpus_per_actor,
         cpus=resources.get("CPU", 0.0),
@@ -40,7 +41,7 @@ def run_units(
     context = ray.data.DataContext.get_current()
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = compute.unit_timeout_s
-    rows = [{"ref": json.dumps(asdict(ref))} for ref in refs]
+    rows = [{"chain": json.dumps([asdict(ref) for ref in chain])} for chain in chains]
     # Items are blocks of the driver: unlike a read, they need no task and so no CPU beside the pool.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
@@ -52,8 +53,9 @@ def run_units(
     )
     try:
         for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
-            yield UnitRef(**json.loads(str(batch["ref"][0]))), Outcome(**json.loads(str(batch["outcome"][0])))
-    except ray.exceptions.RayError as error:
+            for ref, outcome in json.loads(str(batch["outcomes"][0])):
+                yield UnitRef(**ref), Outcome(**outcome)
+    except RayError as error:
         raise PrismError(f"Ray ended the run: {one_line(error)[:300]}; run the same command to continue") from error
 
 
@@ -66,9 +68,11 @@ class _Actor:
         self._worker = Worker(specs, node=node, live_nodes=self._live_nodes)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        (row,) = batch["ref"]
-        outcome = self._worker.process(UnitRef(**json.loads(str(row))))
-        return {"ref": [str(row)], "outcome": [json.dumps(asdict(outcome))]}
+        (row,) = batch["chain"]
+        chain = [UnitRef(**ref) for ref in json.loads(str(row))]
+        return {
+            "outcomes": [json.dumps([(asdict(ref), asdict(outcome)) for ref, outcome in self._worker.process(chain)])]
+        }
 
     def _live_nodes(self) -> set[str]:
         if time.monotonic() - self._nodes[0] > NODE_CACHE_S:

@@ -14,7 +14,7 @@ from prism_ray.config import Engine, config_hash
 from prism_ray.ledger import Receipt
 from prism_ray.methods.inversion.augment import draw_augmentations
 from prism_ray.methods.inversion.engine import invert, to_uint8
-from prism_ray.plan import Unit, statistics_teachers
+from prism_ray.plan import Unit, statistics_pool, statistics_teachers
 from prism_ray.schema import IMAGE_COLUMNS, image_schema
 from prism_ray.stages.device import deterministic, fingerprint, peak_memory_bytes, pick_device, teacher_of
 from prism_ray.work import RunSpec, image_receipt
@@ -36,7 +36,7 @@ class Synthesizer:
         self.spec, self.config = spec, spec.config
         self.device = pick_device(spec.config.compute.gpus_per_actor)
         self.dataset = spec.dataset()
-        self.units = spec.units()
+        self._guiding = list(dict.fromkeys([spec.config.teachers.primary, *statistics_pool(spec.config)]))
 
     def compute(self, unit: Unit) -> tuple[pa.Table, Receipt]:
         """The unit's shard and its receipt, lacking what only publishing knows."""
@@ -71,7 +71,7 @@ class Synthesizer:
             self._initial(unit).to(self.device),
             torch.tensor([image.class_id for image in unit.images], device=self.device),
             primary=self.config.teachers.primary,
-            teachers={name: teacher_of(self.spec, name, self.device) for name in self.config.teachers.pool},
+            teachers={name: teacher_of(self.spec, name, self.device) for name in self._guiding},
             statistics_teachers=lambda iteration: statistics_teachers(self.config, unit, iteration),
             num_iterations=unit.iterations,
             lr=method.lr,

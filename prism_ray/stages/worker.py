@@ -6,7 +6,7 @@ from prism_ray.ledger import Attempt, Outcome, run_unit
 from prism_ray.plan import Unit
 from prism_ray.stages.relabel import Relabeler
 from prism_ray.stages.synthesize import Synthesizer
-from prism_ray.work import SYNTHESIZE, RunSpec, UnitRef, image_receipt, label_receipt
+from prism_ray.work import SYNTHESIZE, Chain, RunSpec, UnitRef, image_receipt, label_receipt
 
 
 class Worker:
@@ -24,8 +24,17 @@ class Worker:
         self._synthesizers: dict[int, Synthesizer] = {}
         self._relabelers: dict[int, Relabeler] = {}
 
-    def process(self, ref: UnitRef) -> Outcome:
-        """Make one unit, from plan to receipt. Only what is no fault of the unit raises."""
+    def process(self, chain: Chain) -> list[tuple[UnitRef, Outcome]]:
+        """Make the units of a chain until one of them is not done; nothing raises for a unit's own fault."""
+        outcomes: list[tuple[UnitRef, Outcome]] = []
+        for ref in chain:
+            outcomes.append((ref, self._make(ref)))
+            if outcomes[-1][1].status != "done":
+                break
+        return outcomes
+
+    def _make(self, ref: UnitRef) -> Outcome:
+        """One unit, from plan to receipt."""
         spec = self._specs[ref.run]
         ledger = spec.ledger()
         attempt = Attempt(spec.epoch, self._node, self._live_nodes, spec.config.compute.max_attempts)

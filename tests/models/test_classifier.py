@@ -107,7 +107,7 @@ def test_a_saved_classifier_loads_with_the_same_logits(arch, tmp_path):
 
 @pytest.mark.parametrize(
     ("archs", "imports"),
-    [(["resnet18", "test_vit"], "timm"), (["prism_vgg", "prism_convnet"], "prism_ray.models.families, timm")],
+    [(["resnet18", "test_vit"], "timm"), (["prism_vgg", "prism_convnet"], "prism_ray.models, timm")],
 )
 def test_another_program_gets_the_same_logits_from_timm_and_its_transform(archs, imports, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save
 from timm.models import _hub
 
+from prism_ray import weights
 from prism_ray.errors import InputError
-from prism_ray.models import families, weights
-from prism_ray.models.weights import architectures, check_architecture, check_weights_file, find_weights
+from prism_ray.models import families
+from prism_ray.weights import architectures, check_architecture, check_weights_file, find_weights
 
 SAFETENSORS = save({"a": torch.arange(6.0), "b": torch.ones(2, 2)}, metadata={"format": "pt"})
 
@@ -151,7 +152,7 @@ def test_names_and_files_are_checked_without_loading_torch_and_at_once(tmp_path)
 import json, sys, time
 from pathlib import Path
 start = time.perf_counter()
-from prism_ray.models.weights import check_weights_file, known_architecture
+from prism_ray.weights import check_weights_file, known_architecture
 known = [known_architecture("resnet18"), known_architecture("resnet81")]
 check_weights_file(Path(sys.argv[1]), allow_pickle=False)
 heavy = [name for name in ("torch", "timm", "numpy") if name in sys.modules]

@@ -11,7 +11,7 @@ from pathlib import Path
 from prism_ray.errors import InputError
 
 OWN_ARCHITECTURES = ("prism_vgg", "prism_convnet")
-"""Registered by `prism_ray.models.families`."""
+"""Registered by `prism_ray.models`."""
 
 # The order in which timm searches a local-dir folder: must stay equal, or another file is checked than is loaded.
 PREFERRED_FILES = (

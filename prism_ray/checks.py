@@ -1,0 +1,51 @@
+"""What is refused in the first seconds: compute, data and teachers that can't work. No Ray, no model, no full scan."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prism_ray.config import ComputeConfig, Config, Executor, TeacherConfig
+from prism_ray.data.prepared import check_dataset
+from prism_ray.plan import check_size, used_teachers
+from prism_ray.runtime.session import check_fits, local_resources, preflight
+from prism_ray.weights import check_architecture, check_weights_file, find_weights
+
+
+def check_before_start(configs: Sequence[Config]) -> None:
+    """Look at everything a command needs; the compute settings are the first run's.
+
+    Raises:
+        InputError: one line that names what is wrong and what to do.
+    """
+    check_compute(configs[0].compute)
+    for config in configs:
+        for name in used_teachers(config):
+            check_teacher(name, config.teachers.models[name])
+        check_architecture(config.student.arch, key="student.arch")
+    for dataset in {str(config.dataset): config.dataset for config in configs}.values():
+        num_classes = check_dataset(dataset)
+        for config in configs:
+            if config.dataset == dataset and config.images_per_class is not None:
+                check_size(config, [config.images_per_class] * num_classes)
+
+
+def check_compute(compute: ComputeConfig) -> None:
+    """Refuse a cluster that does not answer, or work that would wait for ever."""
+    if compute.executor is Executor.ray:
+        preflight(compute)
+    else:
+        # No pool and no cluster, whatever RAY_ADDRESS says: one worker of each kind, here.
+        alone = replace(compute, actors=1, train_workers=1)
+        check_fits(alone, *local_resources(compute), where="this machine")
+
+
+def check_teacher(name: str, teacher: TeacherConfig) -> None:
+    """Look at a teacher's architecture name or weights file without loading it."""
+    key = f"teachers.models.{name}"
+    if teacher.source == "train":
+        assert teacher.arch is not None
+        check_architecture(teacher.arch, key=f"{key}.arch")
+    elif teacher.source.startswith("timm:"):
+        check_architecture(teacher.source.removeprefix("timm:"), key=f"{key}.source")
+    else:
+        check_weights_file(find_weights(Path(teacher.source)), allow_pickle=teacher.allow_pickle)

@@ -1,0 +1,22 @@
+"""What a training worker does with its share of a list: teachers and students to train, runs to measure."""
+
+from prism_ray.stages.distill import Distiller
+from prism_ray.stages.evaluate import measure_diversity
+from prism_ray.stages.teach import make_teacher
+from prism_ray.work import Item, StudentItem, TeacherItem
+
+
+class ItemWorker:
+    """Does items one after another; one that is done already costs nothing."""
+
+    def __init__(self) -> None:
+        self._distiller = Distiller()
+
+    def process(self, item: Item) -> None:
+        """Do one item and publish its result."""
+        if isinstance(item, TeacherItem):
+            make_teacher(item)
+        elif isinstance(item, StudentItem):
+            self._distiller.train(item)
+        else:
+            measure_diversity(item)

@@ -1,0 +1,206 @@
+"""A run's results as its users meet them: loaded with the public libraries, and consistent with each other."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prism_ray import cli
+from prism_ray.data.prepared import PreparedDataset
+from prism_ray.methods.soft_labels import decode_fp16
+from prism_ray.models.classifier import load_classifier
+from prism_ray.plan import label_teachers
+from prism_ray.runs import locate
+from prism_ray.stages.device import deterministic, teacher_of
+from prism_ray.stages.training import test_accuracy as held_out_accuracy
+from prism_ray.stages.views import ImageSet
+from prism_ray.storage import read_json
+from prism_ray.work import RELABEL, SYNTHESIZE, RunSpec, open_dataset
+from prism_ray.ledger import read_table
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["recipe=digits_smoke", "compute=inline", f"storage={tmp_path_factory.mktemp('results')}"]
+
+
+@pytest.fixture(scope="module")
+def spec(overrides: list[str]) -> Iterator[RunSpec]:
+    """A finished run, as its workers see it."""
+    assert cli.main(["run", *overrides]) == 0
+    from prism_ray.inspection import _opened
+
+    yield _opened(cli.compose(overrides)).spec()
+
+
+def test_load_dataset_shows_pictures_and_class_names(spec: RunSpec) -> None:
+    loaded = datasets.load_dataset("parquet", data_files=f"{spec.run_dir}/images/*.parquet", split="train")
+    assert len(loaded) == 20
+    assert isinstance(loaded[0]["image"], Image.Image)
+    assert loaded[0]["image"].size == (16, 16)
+    assert loaded.features["label"].names == [str(digit) for digit in range(10)]
+    assert sorted(loaded["image_id"]) == [f"{c:06d}-{k:06d}" for c in range(10) for k in range(2)]
+    assert all(loaded.features["label"].names[row["label"]] == row["class_name"] for row in loaded)
+
+
+def test_timm_loads_the_student_and_gives_the_logits_that_were_evaluated(spec: RunSpec, tmp_path: Path) -> None:
+    folder = Path(spec.run_dir, "student/soft-seed0")
+    dataset = open_dataset(spec.dataset_dir)
+    pixels = dataset.images("test", np.arange(40))
+    for n, image in enumerate(pixels):
+        Image.fromarray(image[0], "L").save(tmp_path / f"{n:02d}.png")
+    script = (
+        "import sys, torch, timm, prism_ray.models\n"
+        "from pathlib import Path\n"
+        "from PIL import Image\n"
+        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+        "images = torch.stack([transform(Image.open(p)) for p in sorted(Path(sys.argv[2]).glob('*.png'))])\n"
+        "torch.save(model(images).detach(), sys.argv[3])\n"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(tmp_path), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, timeout=120)
+    expected = load_classifier(folder).eval()(torch.from_numpy(pixels).float() / 255)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_the_reported_accuracy_is_the_published_students(spec: RunSpec) -> None:
+    receipt = spec.ledger().receipt("distill", "soft-seed0")
+    assert receipt is not None
+    classifier = load_classifier(Path(spec.run_dir, "student/soft-seed0")).eval()
+    with deterministic(1):
+        accuracy = held_out_accuracy(classifier, spec.dataset(), torch.device("cpu"))
+    assert accuracy == receipt.details["top1"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 80])
+def test_label_teachers_on_rederived_views_reproduce_the_stored_logits_in_any_batch(
+    spec: RunSpec, batch_size: int
+) -> None:
+    ledger, config, units = spec.ledger(), spec.config, spec.units()
+    images = ImageSet(
+        units, [read_table(ledger.store, f"images/{u.name}.parquet") for u in units], config.labels, config.seed
+    )
+    stored = {}
+    for unit in units:
+        table = read_table(ledger.store, f"labels/{unit.name}.parquet")
+        logits = decode_fp16(table["logits"].to_pylist(), 10)
+        keys = zip(table["image_id"].to_pylist(), table["view"].to_pylist(), strict=True)
+        stored |= dict(zip(keys, logits, strict=True))
+    assert len(stored) == 20 * config.labels.views
+    pairs = [(i, v) for v in range(config.labels.views) for i in reversed(range(len(images)))]
+    (name,) = label_teachers(config)
+    teacher = teacher_of(spec, name, torch.device("cpu"))
+    for start in range(0, len(pairs), batch_size):
+        indices, views = np.array(pairs[start : start + batch_size]).T
+        with torch.no_grad():
+            answer = teacher(images.views(indices, views, mix=True))
+        wanted = torch.stack([stored[images.image_ids[i], v] for i, v in zip(indices, views, strict=True)])
+        # fp16 keeps 11 bits: a relative 2^-11 of the largest logit, plus the rounding of another batch size.
+        assert (answer - wanted).abs().max() <= 2**-11 * wanted.abs().max() + 1e-4
+
+
+def test_stored_pixels_are_what_the_verifier_saw(spec: RunSpec) -> None:
+    ledger, config = spec.ledger(), spec.config
+    teacher = teacher_of(spec, config.teachers.primary, torch.device("cpu"))
+    for receipt in ledger.receipts(SYNTHESIZE).values():
+        table = read_table(ledger.store, receipt.key).to_pylist()
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))[None] for row in table])
+        with torch.no_grad(), deterministic(1):
+            probabilities = teacher(torch.from_numpy(pixels).float() / 255).softmax(dim=1)
+        assert [row["verifier_class"] for row in table] == probabilities.argmax(dim=1).tolist()
+        confidences = torch.tensor([row["verifier_confidence"] for row in table])
+        torch.testing.assert_close(probabilities[torch.arange(len(table)), [r["label"] for r in table]], confidences.float())
+
+
+def test_every_row_says_how_it_was_made(spec: RunSpec) -> None:
+    ledger, config = spec.ledger(), spec.config
+    for unit in spec.units():
+        rows = read_table(ledger.store, f"images/{unit.name}.parquet").to_pylist()
+        assert [row["seed"] for row in rows] == [image.seed for image in unit.images]
+        assert {row["unit_id"] for row in rows} == {unit.unit_id}
+        assert {row["iterations"] for row in rows} == {[8, 7][unit.slice_index]}
+        assert {row["primary_teacher"] for row in rows} == {config.teachers.primary}
+        assert all(row["statistics_teachers"][0] == config.teachers.primary for row in rows)
+        assert all(row["loss_ce"] > 0 and row["loss_bn"] > 0 and row["source_image_id"] for row in rows)
+
+
+def test_the_manifest_names_every_object_and_is_written_last(spec: RunSpec) -> None:
+    manifest = spec.ledger().manifest()
+    assert manifest is not None
+    assert {stage: len(manifest[stage]) for stage in (SYNTHESIZE, RELABEL, "distill")} == {
+        SYNTHESIZE: 4,
+        RELABEL: 4,
+        "distill": 2,
+    }
+    newest = max(path.stat().st_mtime_ns for path in Path(spec.run_dir, "receipts").rglob("*.json"))
+    assert Path(spec.run_dir, "manifest.json").stat().st_mtime_ns >= newest
+
+
+def test_random_real_images_are_stored_untouched(overrides: list[str]) -> None:
+    settings = [*overrides, "method=random_real", "stages=[prepare,teach,synthesize]"]
+    assert cli.main(["run", *settings]) == 0
+    run = locate("random_real", cli.compose(settings))
+    (folder,) = Path(overrides[-1].removeprefix("storage="), "artifacts/datasets").iterdir()
+    dataset = PreparedDataset.open(folder)
+    ids = dataset.image_ids("train")
+    for receipt in run.ledger.receipts(SYNTHESIZE).values():
+        for row in read_table(run.store, receipt.key).to_pylist():
+            pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+            source = ids.index(row["source_image_id"])
+            assert np.array_equal(pixels, dataset.images("train", [source])[0, 0])
+            assert dataset.labels("train")[source] == row["label"]
+            assert row["statistics_teachers"] == []
+
+
+def test_an_untrained_teacher_is_refused_before_synthesis(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*overrides, "teach.lr=1e-9", "teachers.min_accuracy=0.5"]
+    assert cli.main(["run", *settings]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "teachers.min_accuracy" in error
+    run = locate("prism", cli.compose(settings))
+    assert not run.ledger.receipts(SYNTHESIZE)
+
+
+def test_a_teacher_with_another_class_order_is_refused(
+    overrides: list[str], spec: RunSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = tmp_path / "reordered"
+    shutil.copytree(spec.teacher_dirs["vgg"], folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"3"', '"x"').replace('"4"', '"3"').replace('"x"', '"4"'))
+    assert cli.main(["run", *overrides, f"teachers.models.vgg.source={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "class 3 is '4'" in error
+
+
+def test_a_teacher_from_a_folder_is_adopted_with_its_own_bytes(overrides: list[str], spec: RunSpec) -> None:
+    folder = spec.teacher_dirs["vgg"]
+    settings = [*overrides, f"teachers.models.vgg.source={folder}", "stages=[prepare,teach]"]
+    assert cli.main(["run", *settings]) == 0
+    adopted = [
+        path
+        for path in Path(folder).parent.glob("vgg-*")
+        if read_json_at(path)["source"] == folder and str(path) != folder
+    ]
+    assert len(adopted) == 1
+    assert (adopted[0] / "model.safetensors").read_bytes() == Path(folder, "model.safetensors").read_bytes()
+
+
+def read_json_at(folder: Path) -> dict:
+    import json
+
+    return json.loads((folder / "prism_ray.json").read_text())

@@ -1,0 +1,198 @@
+"""One contract, two executors: what a run makes does not depend on where, by how many, or how often it was killed."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prism_ray.config import ComputeConfig
+from prism_ray.errors import InputError
+from prism_ray.runtime.session import check_fits, fitting, preflight
+
+PATTERNS = ("images/*.parquet", "labels/*.parquet", "student/*/model.safetensors")
+SMOKE = ["run", "recipe=digits_smoke"]
+TIMEOUT_S = 240
+
+
+def hashes(storage: Path) -> dict[str, str]:
+    """sha256 of every shard and student, by path within the storage."""
+    found = [path for pattern in PATTERNS for path in storage.glob(f"runs/*/{pattern}")]
+    return {str(path.relative_to(storage)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+
+
+def prism_ray(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prism_ray", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run in this process's own way: inline."""
+    storage = tmp_path_factory.mktemp("inline")
+    done = prism_ray([*SMOKE, "compute=inline", f"storage={storage}"])
+    assert done.returncode == 0, done.stderr
+    return storage
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_ray_actors_make_the_bytes_that_inline_makes(actors: int, reference: Path, tmp_path: Path) -> None:
+    done = prism_ray([*SMOKE, "compute=ray", f"compute.actors={actors}", "compute.cpus=2", f"storage={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    assert len(hashes(reference)) == 4 + 4 + 2
+    assert hashes(tmp_path) == hashes(reference)
+    assert not ray_processes(), "a finished command leaves no Ray behind"
+
+
+def test_a_run_killed_twice_continues_to_the_same_bytes_and_quarantines_nothing(reference: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "prism_ray", *SMOKE, "compute=ray", f"storage={tmp_path}"]
+    chosen = random.Random(1)
+    for _ in range(2):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(chosen.uniform(2, 25))
+            os.killpg(process.pid, signal.SIGKILL)
+    done = prism_ray([*SMOKE, "compute=ray", f"storage={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path) == hashes(reference)
+    assert not list(tmp_path.glob("runs/*/quarantine/units/*/*"))
+    assert not list(tmp_path.glob("runs/*/.tmp/*"))
+
+
+def test_a_finished_run_does_nothing_more_and_starts_no_ray(reference: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reference.glob("runs/*/receipts/*/*.json")}
+    started = time.monotonic()
+    done = prism_ray([*SMOKE, "compute=ray", f"storage={reference}"], RAY_ADDRESS="")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 10
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+# A unit that fails. The fault is injected by a sitecustomize.py on the workers' PYTHONPATH, which wraps the stage when it
+# is imported: the product has no switch for it.
+SITECUSTOMIZE = '''
+import importlib.abc, importlib.util, os, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "prism_ray.stages.synthesize":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            compute = module.Synthesizer.compute
+            def poisoned(self, unit):
+                if unit.index == {unit}:
+                    {fault}
+                return compute(self, unit)
+            module.Synthesizer.compute = poisoned
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+def poisoned_path(folder: Path, fault: str, unit: int = 1) -> str:
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.replace("{unit}", str(unit)).replace("{fault}", fault))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("executor", "fault", "reason"),
+    [
+        ("inline", "raise ValueError('poison')", "ValueError: poison"),
+        ("ray", "os._exit(1)", "its process died"),
+    ],
+)
+def test_a_unit_that_always_fails_is_quarantined_and_the_rest_completes(
+    executor: str, fault: str, reason: str, reference: Path, tmp_path: Path
+) -> None:
+    storage, arguments = tmp_path / "out", [*SMOKE, f"compute={executor}", f"storage={tmp_path / 'out'}"]
+    broken = prism_ray(arguments, PYTHONPATH=poisoned_path(tmp_path / "site", fault))
+    assert broken.returncode == 3, broken.stderr
+    (entry,) = [json.loads(path.read_text()) for path in storage.glob("runs/*/quarantine/units/*/*.json")]
+    assert (entry["name"], entry["attempts"], entry["reason"]) == ("train-00001-of-00004", 3, reason)
+    assert len(list(storage.glob("runs/*/images/*.parquet"))) == 3
+
+    again = prism_ray(arguments)
+    assert again.returncode == 3, "a quarantined unit stays so until it is retried"
+    healed = prism_ray(["retry", *arguments[1:]])
+    assert healed.returncode == 0, healed.stderr
+    assert hashes(storage) == hashes(reference)
+
+
+def test_sigterm_drains_and_the_same_command_continues(reference: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "prism_ray", *SMOKE, "compute=inline", f"storage={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75, errors
+    assert errors.count("\n") == 1
+    assert "run the same command" in errors
+    done = prism_ray(command[3:])
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path) == hashes(reference)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+@pytest.mark.parametrize("actors", [1, 2, 4, 8])
+def test_a_pool_that_could_wait_for_ever_is_refused_before_ray_starts(cpus: int, actors: int) -> None:
+    compute = ComputeConfig(cpus=cpus, actors=actors, cpus_per_actor=1.0)
+    if actors <= cpus:
+        check_fits(compute, cpus, 0, where="this machine")
+    else:
+        with pytest.raises(InputError, match=r"compute\.actors"):
+            check_fits(compute, cpus, 0, where="this machine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_the_largest_pool_that_fits_finishes(cpus: int, reference: Path, tmp_path: Path) -> None:
+    # Two CPUs and two whole-CPU actors is the case that hangs where a read has to be placed beside the pool.
+    sizes = [f"compute.cpus={cpus}", f"compute.actors={cpus}", "compute.cpus_per_actor=1.0"]
+    done = prism_ray([*SMOKE, "compute=ray", f"storage={tmp_path}", *sizes])
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path) == hashes(reference)
+
+
+def test_more_gpus_than_the_machine_has_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(InputError, match="needs 8 GPUs, this machine has 0"):
+        preflight(ComputeConfig(actors=8, gpus_per_actor=1.0))
+
+
+@pytest.mark.parametrize(
+    ("todo", "cpus", "cpus_each", "expected"), [(10, 2, 0.5, 2), (1, 2, 0.5, 1), (10, 1, 0.5, 1), (10, 8, 2.0, 4)]
+)
+def test_as_many_actors_start_as_the_cluster_holds_and_the_work_needs(
+    todo: int, cpus: float, cpus_each: float, expected: int
+) -> None:
+    assert fitting(None, todo=todo, cpus_each=cpus_each, gpus_each=0, cpus=cpus, gpus=0) == expected
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Ray daemons that are children of this test or orphaned by it."""
+    names = [(process, process.info["name"]) for process in psutil.process_iter(["name"])]
+    return [process for process, name in names if name in ("raylet", "gcs_server")]
