@@ -286,7 +286,6 @@ class Config:
     )
     storage: str = setting("outputs", doc="folder that holds runs/ and artifacts/", check=not_empty, output=False)
     stages: list[str] = setting([], doc="stages to run, in pipeline order; empty: all", output=False)
-    strict: bool = setting(False, doc="in jobs: report quarantined units as failure", output=False)
     max_images: int = setting(2_000_000, doc="refuse a plan of more images than this", check=at_least_one, output=False)
     repair: bool = setting(False, doc="verify: recompute what is damaged at once", output=False)
     dataset: DatasetConfig = setting(doc="real data")

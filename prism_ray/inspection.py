@@ -21,7 +21,7 @@ from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights
-from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, teacher_folder
+from prism_ray.work import RELABEL, SYNTHESIZE, teacher_folder
 
 
 def describe(config: Config) -> str:
@@ -67,10 +67,8 @@ def plan_text(config: Config) -> str:
         if flops is None:
             lines.append(f"  {name:10}  operations are known once the teachers are trained (stages=[prepare,teach])")
         else:
-            hours = flops / rate / 3600
-            lines.append(
-                f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {config.compute.effective_tflops:g} TFLOP/s"
-            )
+            hours, speed = flops / rate / 3600, config.compute.effective_tflops
+            lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
     return "\n".join(lines)
 
 
@@ -125,7 +123,7 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
 # status, verify, retry, report
 
 
-def _opened(config: Config) -> Run:
+def open_existing(config: Config) -> Run:
     """An existing run with its data set and teachers found, as far as they are there."""
     run = require(config)
     run.dataset = find_prepared(config.dataset, run.artifacts_dir)
@@ -140,7 +138,7 @@ def _opened(config: Config) -> Run:
 
 def status_text(config: Config) -> str:
     """How far each stage is, and what was given up."""
-    run = _opened(config)
+    run = open_existing(config)
     stages = [SYNTHESIZE, RELABEL] if run.needs_labels() else [SYNTHESIZE]
     teachers = sum(Path(folder, "prism_ray.json").is_file() for folder in run.teacher_dirs.values())
     students = run.students()
@@ -161,7 +159,7 @@ def verify(config: Config) -> list[dict[str, str]]:
     Returns:
         One entry per problem, see `Ledger.verify`; the run's teachers and data set are looked at too.
     """
-    run = _opened(config)
+    run = open_existing(config)
     problems = run.ledger.verify()
     run.ledger.record_damage([problem for problem in problems if problem["stage"]])
     assert run.dataset is not None
@@ -221,7 +219,7 @@ def retry(config: Config) -> int:
 
 def rewrite_report(config: Config, *, command: str) -> str:
     """Make the report and the card again from what is on disk; returns where the report is."""
-    run = _opened(config)
+    run = open_existing(config)
     if not run.ledger.receipts(SYNTHESIZE):
         raise InputError(f"{describe(config)}: has no images yet; start the run first")
     run.store.remove("report")
@@ -242,7 +240,6 @@ def doctor_text(config: Config) -> tuple[str, bool]:
         _check("machine", lambda: _machine_facts(config)),
         _check("cluster", lambda: cluster_address(config.compute) or "a local one, started with each command"),
         _check("storage", lambda: _storage_facts(config)),
-        _check("stages", lambda: f"{DISTILL} on {config.compute.executor.name}"),
     ]
     lines = [f"prism-ray {__version__}"]
     lines += [f"  {'ok ' if healthy else 'BAD'} {name:9} {text}" for name, text, healthy in checks]

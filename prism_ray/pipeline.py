@@ -1,8 +1,8 @@
 """The main path, top to bottom: prepare → teach → synthesize → relabel → distill → evaluate → report.
 
-A command drives one run or the rows of a suite; each stage does what is left of all of them at once, so start-up is paid
-once and no worker idles between runs. Every stage leaves its result in the run folder: the same command, run again,
-continues.
+A command drives one run or the rows of a suite; each stage does what is left of all of them at once, so start-up is
+paid once and no worker idles between runs. Every stage leaves its result in the run folder: the same command, run
+again, continues.
 """
 
 import sys

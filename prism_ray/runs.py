@@ -13,7 +13,7 @@ import yaml
 from prism_ray import __version__
 from prism_ray.config import Config, LabelKind, config_hash, output_settings, plain, run_id
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.errors import InputError
+from prism_ray.errors import InputError, PrismError
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock
 from prism_ray.plan import Unit
@@ -120,8 +120,8 @@ class Run:
             self.store.put(PINS, to_json({**pins, key: value}))
         elif pins[key] != value:
             raise InputError(
-                f"run {self.name}: began with {key} {pins[key]} and would go on with {value}; restore it, or start a new "
-                "run with another run_id"
+                f"run {self.name}: began with {key} {pins[key]} and would go on with {value}; restore it, or start a "
+                "new run with another run_id"
             )
 
     def pin_teachers(self) -> None:
@@ -173,10 +173,17 @@ def _check_same(run: Run) -> None:
     """Compare a run's settings with those it was begun with."""
     if run.store.size("config.yaml") is None:
         return
-    begun = yaml.safe_load(run.store.read("config.yaml"))
-    if begun["config_hash"] == config_hash(run.config):
+    try:
+        begun = yaml.safe_load(run.store.read("config.yaml"))
+        begun_hash, before = begun["config_hash"], _flat(begun["settings"])
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise PrismError(
+            f"{run.store.path('config.yaml')}: damaged; delete it if you know the run's settings, and run the same "
+            "command again"
+        ) from error
+    if begun_hash == config_hash(run.config):
         return
-    before, now = _flat(begun["settings"]), output_settings(run.config)
+    now = output_settings(run.config)
     differing = [f"{key}: {before.get(key)} → {now.get(key)}" for key in now if before.get(key, now[key]) != now[key]]
     raise InputError(
         f"run {run.name}: exists with other settings ({'; '.join(differing[:5]) or 'of another version'}); "

@@ -1,4 +1,4 @@
-"""From a run folder to the reports on it: everything is read back from disk, so a report can be made again at any time."""
+"""From a run folder to the reports on it; all is read back from disk, so a report can be made again at any time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +38,9 @@ def check_teachers(run: Run) -> None:
         facts, declared = teacher_facts(run, name), run.config.teachers.models[name]
         if facts["accuracy"] < run.config.teachers.min_accuracy:
             raise InputError(
-                f"teachers.models.{name}: {facts['accuracy']:.1%} of the held-out images of {run.config.dataset.name} right, "
-                f"below teachers.min_accuracy={run.config.teachers.min_accuracy:.1%}; check its class order and input "
-                "size, train it longer, or lower min_accuracy if you mean it"
+                f"teachers.models.{name}: {facts['accuracy']:.1%} of the held-out images of {run.config.dataset.name} "
+                f"right, below teachers.min_accuracy={run.config.teachers.min_accuracy:.1%}; check its class order and "
+                "input size, train it longer, or lower min_accuracy if you mean it"
             )
         if declared.batch_norm != (facts["num_bn_layers"] > 0):
             raise InputError(

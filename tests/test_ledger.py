@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,9 +28,7 @@ NAME = "train-00000-of-00002"
 
 def receipt(name: str = NAME, *, fingerprint: str = "cpu", inputs: dict[str, str] | None = None) -> Receipt:
     key = f"images/{name}.parquet"
-    return Receipt(
-        stage="synthesize", name=name, unit_id="u0", key=key, fingerprint=fingerprint, inputs=inputs or {}
-    )
+    return Receipt(stage="synthesize", name=name, unit_id="u0", key=key, fingerprint=fingerprint, inputs=inputs or {})
 
 
 @pytest.fixture
@@ -191,21 +188,22 @@ def test_attempts_of_one_unit_say_nothing_about_another(ledger: Ledger) -> None:
     assert ledger.failed_attempts("relabel", "train-1", epoch=1, live_nodes=["here"]) == []
 
 
-def always(error: BaseException) -> Callable[[], tuple[pa.Table, Receipt]]:
-    def compute() -> tuple[pa.Table, Receipt]:
-        calls.append(1)
-        raise error
+class Failing:
+    """A compute that always raises, and counts how often it was asked."""
 
-    calls: list[int] = []
-    compute.calls = calls  # type: ignore[attr-defined]
-    return compute
+    def __init__(self, error: BaseException) -> None:
+        self._error, self.calls = error, 0
+
+    def __call__(self) -> tuple[pa.Table, Receipt]:
+        self.calls += 1
+        raise self._error
 
 
 def test_a_unit_that_always_fails_is_quarantined_after_its_attempts_and_the_next_is_made(ledger: Ledger) -> None:
-    compute = always(FloatingPointError("loss of image 3 is nan"))
+    compute = Failing(FloatingPointError("loss of image 3 is nan"))
     outcome = run_unit(ledger, receipt(), compute, attempt(max_attempts=3))
     assert outcome == Outcome("quarantined", NAME, "FloatingPointError: loss of image 3 is nan")
-    assert len(compute.calls) == 3  # type: ignore[attr-defined]
+    assert compute.calls == 3
     (entry,) = ledger.quarantined()
     assert entry == {
         "stage": "synthesize",
@@ -235,10 +233,10 @@ def test_a_unit_that_recovers_is_published_and_its_attempts_are_forgotten(ledger
 def test_a_unit_that_killed_its_process_too_often_is_not_tried_again(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.start_attempt("synthesize", NAME, epoch=1, node="here")
-    compute = always(AssertionError("must not run"))
+    compute = Failing(AssertionError("must not run"))
     outcome = run_unit(ledger, receipt(), compute, attempt(max_attempts=2))
     assert (outcome.status, outcome.reason) == ("quarantined", "its process died")
-    assert compute.calls == []  # type: ignore[attr-defined]
+    assert compute.calls == 0
 
 
 @pytest.mark.parametrize(
@@ -252,19 +250,19 @@ def test_a_unit_that_killed_its_process_too_often_is_not_tried_again(ledger: Led
 def test_what_is_no_fault_of_the_unit_stops_the_run_and_quarantines_nothing(
     ledger: Ledger, error: PrismError, code: ExitCode
 ) -> None:
-    compute = always(error)
+    compute = Failing(error)
     outcome = run_unit(ledger, receipt(), compute, attempt())
     assert (outcome.status, outcome.reason, outcome.exit_code) == ("aborted", str(error), code)
-    assert len(compute.calls) == 1  # type: ignore[attr-defined]
+    assert compute.calls == 1
     assert ledger.quarantined() == []
 
 
-def test_a_full_disk_stops_the_run_instead_of_blaming_the_unit(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_after(_: int, calls: list[int] = [0]) -> None:  # noqa: B006 - counts
-        calls[0] += 1
-        if calls[0] > 2:  # the start marker and its folder
+def test_a_full_disk_stops_the_run_instead_of_blaming_the_unit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def full_after(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 2:  # the start marker and its folder
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_after)
@@ -284,13 +282,13 @@ def test_nondeterminism_stops_the_run(ledger: Ledger) -> None:
 
 
 def test_out_of_memory_names_the_setting_to_change(ledger: Ledger) -> None:
-    outcome = run_unit(ledger, receipt(), always(MemoryError()), attempt(max_attempts=1))
+    outcome = run_unit(ledger, receipt(), Failing(MemoryError()), attempt(max_attempts=1))
     assert "MemoryError" in outcome.reason
     assert "lower method.batch_size" in outcome.reason
 
 
 def test_retry_forgets_quarantine_and_attempts(ledger: Ledger) -> None:
-    run_unit(ledger, receipt(), always(ValueError("bad")), attempt())
+    run_unit(ledger, receipt(), Failing(ValueError("bad")), attempt())
     assert ledger.retry() == 1
     assert (ledger.quarantined(), ledger.store.keys("attempts"), ledger.retry()) == ([], [], 0)
     assert run_unit(ledger, receipt(), lambda: (TABLE, receipt()), attempt()).status == "done"

@@ -173,9 +173,7 @@ AUXILIARIES = ["a", "b", "c", "convnet"]
 
 
 def draws(num_slices: int, *overrides: str) -> list[tuple[str, ...]]:
-    wanted = config(
-        *POOL, "method.init=noise", "method.batch_size=10", f"images_per_class={num_slices}", *overrides
-    )
+    wanted = config(*POOL, "method.init=noise", "method.batch_size=10", f"images_per_class={num_slices}", *overrides)
     return [statistics_teachers(wanted, unit, 0) for unit in plan_units(wanted, rows(10, 1))]
 
 

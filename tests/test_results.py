@@ -1,10 +1,12 @@
 """A run's results as its users meet them: loaded with the public libraries, and consistent with each other."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,6 +16,8 @@ from PIL import Image
 
 from prism_ray import cli
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.inspection import open_existing
+from prism_ray.ledger import read_table
 from prism_ray.methods.soft_labels import decode_fp16
 from prism_ray.models.classifier import load_classifier
 from prism_ray.plan import label_teachers
@@ -21,9 +25,7 @@ from prism_ray.runs import locate
 from prism_ray.stages.device import deterministic, teacher_of
 from prism_ray.stages.training import test_accuracy as held_out_accuracy
 from prism_ray.stages.views import ImageSet
-from prism_ray.storage import read_json
 from prism_ray.work import RELABEL, SYNTHESIZE, RunSpec, open_dataset
-from prism_ray.ledger import read_table
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +34,10 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def spec(overrides: list[str]) -> Iterator[RunSpec]:
+def spec(overrides: list[str]) -> RunSpec:
     """A finished run, as its workers see it."""
     assert cli.main(["run", *overrides]) == 0
-    from prism_ray.inspection import _opened
-
-    yield _opened(cli.compose(overrides)).spec()
+    return open_existing(cli.compose(overrides)).spec()
 
 
 def test_load_dataset_shows_pictures_and_class_names(spec: RunSpec) -> None:
@@ -117,7 +117,8 @@ def test_stored_pixels_are_what_the_verifier_saw(spec: RunSpec) -> None:
             probabilities = teacher(torch.from_numpy(pixels).float() / 255).softmax(dim=1)
         assert [row["verifier_class"] for row in table] == probabilities.argmax(dim=1).tolist()
         confidences = torch.tensor([row["verifier_confidence"] for row in table])
-        torch.testing.assert_close(probabilities[torch.arange(len(table)), [r["label"] for r in table]], confidences.float())
+        answered = probabilities[torch.arange(len(table)), [row["label"] for row in table]]
+        torch.testing.assert_close(answered, confidences)
 
 
 def test_every_row_says_how_it_was_made(spec: RunSpec) -> None:
@@ -175,8 +176,6 @@ def test_an_untrained_teacher_is_refused_before_synthesis(
 def test_a_teacher_with_another_class_order_is_refused(
     overrides: list[str], spec: RunSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     folder = tmp_path / "reordered"
     shutil.copytree(spec.teacher_dirs["vgg"], folder)
     config = (folder / "config.json").read_text()
@@ -200,7 +199,5 @@ def test_a_teacher_from_a_folder_is_adopted_with_its_own_bytes(overrides: list[s
     assert (adopted[0] / "model.safetensors").read_bytes() == Path(folder, "model.safetensors").read_bytes()
 
 
-def read_json_at(folder: Path) -> dict:
-    import json
-
+def read_json_at(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "prism_ray.json").read_text())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,16 +48,25 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return storage
 
 
-@pytest.mark.parametrize("actors", [1, 2])
-def test_ray_actors_make_the_bytes_that_inline_makes(actors: int, reference: Path, tmp_path: Path) -> None:
-    done = prism_ray([*SMOKE, "compute=ray", f"compute.actors={actors}", "compute.cpus=2", f"storage={tmp_path}"])
+def test_one_actor_makes_the_bytes_that_inline_makes(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference / "artifacts", tmp_path / "artifacts")
+    done = prism_ray([*SMOKE, "compute=ray", "compute.actors=1", f"storage={tmp_path}"])
     assert done.returncode == 0, done.stderr
     assert len(hashes(reference)) == 4 + 4 + 2
+    assert hashes(tmp_path) == hashes(reference)
+
+
+def test_two_actors_and_two_training_workers_make_the_bytes_that_inline_makes(reference: Path, tmp_path: Path) -> None:
+    sizes = ["compute.actors=2", "compute.train_workers=2", "compute.cpus=2"]
+    done = prism_ray([*SMOKE, "compute=ray", *sizes, f"storage={tmp_path}"])
+    assert done.returncode == 0, done.stderr
     assert hashes(tmp_path) == hashes(reference)
     assert not ray_processes(), "a finished command leaves no Ray behind"
 
 
-def test_a_run_killed_twice_continues_to_the_same_bytes_and_quarantines_nothing(reference: Path, tmp_path: Path) -> None:
+def test_a_run_killed_twice_continues_to_the_same_bytes_and_quarantines_nothing(
+    reference: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "prism_ray", *SMOKE, "compute=ray", f"storage={tmp_path}"]
     chosen = random.Random(1)
     for _ in range(2):
@@ -83,8 +93,8 @@ def test_a_finished_run_does_nothing_more_and_starts_no_ray(reference: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-# A unit that fails. The fault is injected by a sitecustomize.py on the workers' PYTHONPATH, which wraps the stage when it
-# is imported: the product has no switch for it.
+# A unit that fails. The fault is injected by a sitecustomize.py on the workers' PYTHONPATH, which wraps the stage when
+# it is imported: the product has no switch for it.
 SITECUSTOMIZE = '''
 import importlib.abc, importlib.util, os, sys
 
@@ -126,8 +136,11 @@ def poisoned_path(folder: Path, fault: str, unit: int = 1) -> str:
 def test_a_unit_that_always_fails_is_quarantined_and_the_rest_completes(
     executor: str, fault: str, reason: str, reference: Path, tmp_path: Path
 ) -> None:
-    storage, arguments = tmp_path / "out", [*SMOKE, f"compute={executor}", f"storage={tmp_path / 'out'}"]
-    broken = prism_ray(arguments, PYTHONPATH=poisoned_path(tmp_path / "site", fault))
+    storage = tmp_path / "out"
+    shutil.copytree(reference / "artifacts", storage / "artifacts")
+    arguments = [*SMOKE, f"storage={storage}", "compute=inline"]
+    images_alone = ["stages=[prepare,teach,synthesize]", f"compute={executor}"]
+    broken = prism_ray([*arguments[:-1], *images_alone], PYTHONPATH=poisoned_path(tmp_path / "site", fault))
     assert broken.returncode == 3, broken.stderr
     (entry,) = [json.loads(path.read_text()) for path in storage.glob("runs/*/quarantine/units/*/*.json")]
     assert (entry["name"], entry["attempts"], entry["reason"]) == ("train-00001-of-00004", 3, reason)

@@ -64,9 +64,7 @@ def test_a_label_table_says_how_to_read_its_logits() -> None:
     assert metadata[b"prism_ray.views_hash"] == b"abc"
 
 
-def test_hugging_face_datasets_shows_pictures_and_class_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hugging_face_datasets_shows_pictures_and_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets = pytest.importorskip("datasets")
     (tmp_path / "shard.parquet").write_bytes(table_bytes(real_table()))

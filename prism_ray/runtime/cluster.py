@@ -1,4 +1,4 @@
-"""The Ray executor: one session per command, started with the first work, so that a finished run answers without Ray."""
+"""The Ray executor: one session per command, started with the first work; a finished run answers without Ray."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence

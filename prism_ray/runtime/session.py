@@ -69,8 +69,8 @@ def check_fits(compute: ComputeConfig, cpus: float, gpus: float, *, where: str) 
             )
         if count * cpus_each > cpus:
             raise InputError(
-                f"{key}={count} with {cpus_each:g} CPUs each: needs {count * cpus_each:g} CPUs, {where} has {cpus:g} and "
-                "would wait for ever; lower the count or compute.cpus_per_actor"
+                f"{key}={count} with {cpus_each:g} CPUs each: needs {count * cpus_each:g} CPUs, {where} has {cpus:g} "
+                "and would wait for ever; lower the count or compute.cpus_per_actor"
             )
 
 
@@ -145,7 +145,7 @@ def start(compute: ComputeConfig) -> None:
 
 @contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """Keep a line of Ray's C++ core about its own log level from the terminal; Python's errors are raised, not printed."""
+    """Keep Ray's C++ core from printing about its own log level; errors of Python are raised, not printed."""
     sys.stderr.flush()
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -145,7 +145,8 @@ def _adopted(item: TeacherItem, dataset: PreparedDataset, device: torch.device) 
     if classifier.class_names is not None and list(classifier.class_names) != dataset.class_names:
         differing = next(i for i, n in enumerate(classifier.class_names) if n != dataset.class_names[i])
         raise InputError(
-            f"teachers.models.{item.name}: class {differing} is {classifier.class_names[differing]!r} for {teacher.source} "
-            f"and {dataset.class_names[differing]!r} in the data set {dataset.name}; bring the classes into the same order"
+            f"teachers.models.{item.name}: class {differing} is {classifier.class_names[differing]!r} for "
+            f"{teacher.source} and {dataset.class_names[differing]!r} in the data set {dataset.name}; bring the "
+            "classes into the same order"
         )
     return classifier.to(device)

@@ -1,7 +1,7 @@
-"""The published images of a run in memory, and any view of them: what relabel shows its teachers and distill its student.
+"""The published images of a run in memory, and any view of them, as relabel shows teachers and distill students.
 
-A view's crop and flip follow from the image's own seed and the view's number, its CutMix partner and box from the seed of
-its label group (one shard, one view). Nothing of it is stored, and it has nothing to do with the student's batches.
+A view's crop and flip follow from the image's own seed and the view's number, its CutMix partner and box from the seed
+of its label group (one shard, one view). Nothing of it is stored, and the student's batches have no part in it.
 """
 
 import io

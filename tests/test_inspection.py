@@ -1,0 +1,227 @@
+"""Verbs that look: what they find on a real run, and that `run` repairs what `verify` found."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Command, products
+
+from prism_ray.cli import compose
+from prism_ray.inspection import estimate_operations, plan_text
+from prism_ray.plan import plan_units, statistics_teachers
+
+FIRST, SECOND = "images/train-00000-of-00004.parquet", "images/train-00001-of-00004.parquet"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def swap(path: Path) -> None:
+    other = path.with_name(Path(SECOND).name)
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
+    other.write_bytes(first)
+
+
+# verify and repair
+
+
+@pytest.mark.parametrize(
+    ("key", "harm", "found"),
+    [
+        (FIRST, flip, [FIRST]),
+        (FIRST, truncate, [FIRST]),
+        (FIRST, empty, [FIRST]),
+        (FIRST, Path.unlink, [FIRST]),
+        (FIRST, swap, [FIRST, SECOND]),
+        ("labels/train-00002-of-00004.parquet", flip, None),
+        ("student/soft-seed0/model.safetensors", flip, None),
+        ("student/hard-seed0/model.safetensors", Path.unlink, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_damage_is_found_by_verify_and_repaired_by_run_to_the_same_bytes(
+    prism: Command, run_dir: Path, key: str, harm: Callable[[Path], None], found: list[str] | None
+) -> None:
+    before = products(run_dir)
+    harm(run_dir / key)
+    looked = prism("verify")
+    assert looked.code == 1
+    assert looked.err == ""
+    named = [line.split(": ")[0] for line in looked.out.splitlines()[:-1]]
+    assert set(named) == set(found or [key])
+    assert "the same `prism-ray run` makes them again" in looked.out
+    assert prism("run").code == 0
+    assert products(run_dir) == before
+    again = prism("verify")
+    assert (again.code, "every object matches" in again.out) == (0, True)
+    assert (run_dir / "manifest.json").exists()
+
+
+def test_one_command_looks_and_repairs(prism: Command, run_dir: Path) -> None:
+    before = products(run_dir)
+    flip(run_dir / FIRST)
+    repaired = prism("verify", "repair=true")
+    assert repaired.code == 0
+    assert FIRST in repaired.out
+    assert products(run_dir) == before
+
+
+def test_a_wrong_size_is_repaired_without_verify(prism: Command, run_dir: Path) -> None:
+    before = products(run_dir)
+    truncate(run_dir / FIRST)
+    done = prism("run")
+    assert done.code == 0
+    assert f"{FIRST} was damaged and is made again" in done.out
+    assert products(run_dir) == before
+
+
+def test_what_was_damaged_is_kept_aside_for_a_look(prism: Command, run_dir: Path) -> None:
+    empty(run_dir / FIRST)
+    assert prism("run").code == 0
+    assert (run_dir / "quarantine/damaged" / FIRST).stat().st_size == 0
+
+
+def test_a_foreign_file_among_the_images_is_reported(prism: Command, run_dir: Path) -> None:
+    (run_dir / "images/stranger.parquet").write_bytes(b"PAR1")
+    looked = prism("verify")
+    assert looked.code == 1
+    assert "images/stranger.parquet: belongs to no unit of this run" in looked.out
+
+
+def weights_of_a_teacher(storage: Path) -> Path:
+    return next((storage / "artifacts/teachers").glob("vgg-*")) / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem", "refusal"),
+    [(flip, "differ from those the run began with", "began with sha256"), (Path.unlink, "are missing", "no weights")],
+    ids=["flip", "delete"],
+)
+def test_another_teacher_than_the_run_began_with_is_found_and_refused(
+    prism: Command, storage: Path, harm: Callable[[Path], None], problem: str, refusal: str
+) -> None:
+    weights = weights_of_a_teacher(storage)
+    harm(weights)
+    looked = prism("verify")
+    assert looked.code == 1
+    assert f"{weights.parent}: its weights {problem}" in looked.out
+    refused = prism("run")
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
+    assert refusal in refused.err
+    assert "vgg" in refused.err
+
+
+def test_a_damaged_data_set_is_found(prism: Command, storage: Path) -> None:
+    table = next((storage / "artifacts/datasets").glob("digits-*/train-00000.parquet"))
+    flip(table)
+    looked = prism("verify")
+    assert looked.code == 1
+    assert f"{table}: differs from what was prepared" in looked.out
+
+
+@pytest.mark.parametrize("verb", ["status", "verify", "run"])
+@pytest.mark.parametrize(
+    "name", ["receipts/synthesize/train-00000-of-00004.json", "pins.json", "config.yaml", "manifest.json"]
+)
+def test_a_damaged_record_is_one_line_with_its_path(prism: Command, run_dir: Path, name: str, verb: str) -> None:
+    (run_dir / name).write_bytes(b"{ not: [json")
+    looked = prism(verb)
+    if (name, verb) in (("pins.json", "status"), ("manifest.json", "verify")):
+        assert looked.code == 0, "not looked at"
+        return
+    assert looked.code in (1, 2)
+    assert looked.err.count("\n") == 1, looked.err
+    assert str(run_dir / name) in looked.err
+
+
+# plan
+
+
+def test_plan_counts_units_images_and_labels_before_anything_exists(tmp_path: Path) -> None:
+    storage = tmp_path / "outputs"
+    config = compose(["recipe=digits_smoke", "images_per_class=3", "method.batch_size=4", f"storage={storage}"])
+    text = plan_text(config)
+    for line in (
+        "not begun",
+        "classes     10",
+        "units       9,",
+        "images      30 of 16x16",
+        "labels      120 views",
+        "students    2, 10 steps of 16",
+        "iterations  63 in all, per unit [8, 7, 6]",
+        "known once the teachers are trained",
+    ):
+        assert line in text, text
+    assert not storage.exists(), "it makes nothing"
+
+
+def test_plan_knows_the_operations_of_teachers_that_exist(prism: Command, storage: Path) -> None:
+    planned = prism("plan", "compute.effective_tflops=0.5")
+    assert planned.code == 0
+    assert "begun" in planned.out
+    assert planned.out.count("FLOP,") == 2
+    assert "device-hours at 0.5 TFLOP/s" in planned.out
+
+
+def test_plan_of_all_real_images_needs_the_prepared_data(prism: Command, tmp_path: Path, storage: Path) -> None:
+    everything = ["method=random_real", "images_per_class=null"]
+    planned = prism("plan", *everything)
+    assert planned.code == 0
+    assert "images      1438 of 16x16" in planned.out
+    refused = prism("plan", *everything, f"storage={tmp_path}/empty")
+    assert refused.code == 2
+    assert "stages=[prepare]" in refused.err
+
+
+def test_the_estimate_counts_each_network_once_per_iteration_it_runs_in() -> None:
+    config = compose(["recipe=digits_smoke", "method.init=noise", "images_per_class=4"])
+    units = plan_units(config, [[0]] * 10)
+    forward = {"vgg": 100.0, "convnet": 7.0}
+    expected = sum(
+        2 * len(unit.images) * unit.iterations * sum(forward[name] for name in statistics_teachers(config, unit, 0))
+        for unit in units
+    )
+    found = estimate_operations(config, units, forward)
+    assert found.synthesis_flops == expected > 0
+    assert found.label_flops == 40 * 4 * 100
+    assert estimate_operations(config, units, {"vgg": 100.0}).synthesis_flops is None
+    assert estimate_operations(config, units, {}).label_flops is None
+
+
+def test_real_images_cost_no_synthesis() -> None:
+    config = compose(["recipe=digits_smoke", "method=random_real"])
+    assert estimate_operations(config, plan_units(config, [range(9)] * 10), {}).synthesis_flops == 0
+
+
+# status
+
+
+def test_status_of_a_run_that_was_stopped_says_how_far_it_is(prism: Command, run_dir: Path) -> None:
+    (run_dir / "manifest.json").unlink()
+    (run_dir / "receipts/relabel/train-00003-of-00004.json").unlink()
+    looked = prism("status")
+    assert looked.code == 0
+    for line in ("in progress", "teach       2/2", "synthesize  4/4", "relabel     3/4", "distill     1/2"):
+        assert line in looked.out, looked.out
+
+
+def test_every_receipt_says_what_it_cost_and_where_it_is_promised_to_repeat(run_dir: Path) -> None:
+    for path in (run_dir / "receipts").rglob("*.json"):
+        receipt = json.loads(path.read_text())
+        assert receipt["seconds"] > 0
+        assert receipt["fingerprint"]
+        assert receipt["rows"] >= 1
