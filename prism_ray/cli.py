@@ -270,7 +270,8 @@ def _kind_of(key: str) -> Any:
             if part not in names:
                 known = _all_keys(Config)
                 raise InputError(
-                    f"{key}: unknown setting{_nearest(key, known)}; keys of {'.'.join(walked) or 'the top level'}: {', '.join(names)}"
+                    f"{key}: unknown setting{_nearest(key, known)}; "
+                    f"keys of {'.'.join(walked) or 'the top level'}: {', '.join(names)}"
                 )
             kind = typing.get_type_hints(kind)[part]
         elif typing.get_origin(kind) is dict:

@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,6 @@ def run_dir(storage: Path) -> Path:
 
 
 @pytest.fixture
-def prism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def prism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     """Calls the command line in this process, on the smoke recipe and this test's storage."""
-    yield Command(capsys, tmp_path / "outputs")
+    return Command(capsys, tmp_path / "outputs")

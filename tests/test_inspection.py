@@ -225,3 +225,11 @@ def test_every_receipt_says_what_it_cost_and_where_it_is_promised_to_repeat(run_
         assert receipt["seconds"] > 0
         assert receipt["fingerprint"]
         assert receipt["rows"] >= 1
+
+
+def test_a_student_with_soft_labels_is_bound_to_images_and_labels_and_one_without_to_images(run_dir: Path) -> None:
+    shards = {key: digest for key, digest in products(run_dir).items() if key.endswith(".parquet")}
+    images = {key: digest for key, digest in shards.items() if key.startswith("images/")}
+    for name, expected in (("soft-seed0", shards), ("hard-seed0", images)):
+        receipt = json.loads((run_dir / f"receipts/distill/{name}.json").read_text())
+        assert receipt["inputs"] == expected

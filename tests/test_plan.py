@@ -63,6 +63,7 @@ def test_units_are_numbered_and_named_in_order_and_images_by_class_and_index() -
     assert len({unit.unit_id for unit in units}) == len({unit.seed for unit in units}) == 4
     images = [image for unit in units for image in unit.images]
     assert {image.image_id for image in images} == {f"{c:06d}-{k:06d}" for c in range(10) for k in range(2)}
+    assert len({image.seed for image in images}) == 20
 
 
 def test_a_plan_made_again_is_the_same() -> None:
