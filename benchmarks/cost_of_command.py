@@ -2,8 +2,9 @@
 
     python benchmarks/cost_of_command.py [--loopback] -- .venv/bin/prism-ray bench suite=digits storage=DIR
 
-Memory is the sum of the proportional set sizes (PSS) of the process tree, so that shared pages count once; it is sampled
-twice a second. `--loopback` runs the command in a network namespace that has nothing but the loopback device (needs root).
+Memory is the sum of the proportional set sizes (PSS) of the process tree, so that shared pages count once; it is
+sampled twice a second. `--loopback` runs the command in a network namespace that has nothing but the loopback device
+(needs root).
 """
 
 import argparse

@@ -18,6 +18,7 @@ from typing import Any
 from prism_ray import __version__
 from prism_ray.config import Config, check_config
 from prism_ray.errors import ExitCode, InputError, PrismError, one_line
+from prism_ray.signals import leave
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("recipe", "dataset", "method", "compute")
@@ -46,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_run_verb(arguments[0], arguments[1:]))
     except PrismError as error:
         print(f"prism-ray: {one_line(error)}", file=sys.stderr)
-        return int(error.exit_code)
+        return int(leave(error.exit_code))
     except KeyboardInterrupt:
         print("prism-ray: interrupted; run the same command to continue", file=sys.stderr)
-        return ExitCode.interrupted
+        return int(leave(ExitCode.interrupted))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.failure

@@ -23,7 +23,7 @@ from prism_ray.progress import Progress
 from prism_ray.runs import Run, open_run
 from prism_ray.runtime.cluster import RayRuntime
 from prism_ray.runtime.inline import InlineRuntime
-from prism_ray.signals import drained_by_sigterm, install_sigterm
+from prism_ray.signals import drained_by_sigterm, interruptible, interruptible_items, sigterm_deferred
 from prism_ray.storage import storage_errors
 from prism_ray.work import (
     RELABEL,
@@ -43,6 +43,7 @@ POLL_S = 1.0
 class Runtime(Protocol):
     """Where work runs; both executors make the same bytes."""
 
+    def start(self) -> None: ...
     def units(self, specs: Sequence[RunSpec], chains: Sequence[Chain]) -> Iterator[tuple[UnitRef, Outcome]]: ...
     def train(self, items: Sequence[Item]) -> None: ...
 
@@ -105,7 +106,17 @@ def make_runtime(config: Config) -> InlineRuntime | RayRuntime:
     """The executor by name; neither imports torch or Ray before there is work."""
     if config.compute.executor is Executor.inline:
         return InlineRuntime()
-    return RayRuntime(config.compute, started=install_sigterm)
+    return RayRuntime(config.compute)
+
+
+def start(command: Command) -> None:
+    """Start the executor, once there is work for it.
+
+    In the main thread: a local cluster's processes die with the thread that started them. Afterwards our handler of
+    SIGTERM replaces the one that Ray's core installs.
+    """
+    with sigterm_deferred():
+        command.runtime.start()
 
 
 def prepare(command: Command) -> None:
@@ -171,7 +182,9 @@ def make_units(command: Command, stage: str) -> None:
     for each in {chain[0].run: runs[chain[0].run] for chain in chains}.values():
         each.store.remove(MANIFEST)  # the run is in progress again
         each.ledger.event("stage", stage=stage, epoch=each.epoch)
-    for ref, outcome in command.runtime.units([each.spec() for each in command.runs], chains):
+    start(command)
+    specs = [each.spec() for each in command.runs]
+    for ref, outcome in interruptible_items(lambda: command.runtime.units(specs, chains)):
         each = runs[ref.run]
         if outcome.status == "aborted":
             raise aborted(outcome)
@@ -225,8 +238,9 @@ def do_items(command: Command, stage: str, items: Sequence[Item], unit: str) -> 
     command.progress.stage(stage, len(items), unit, done=before)
     if not todo:
         return
+    start(command)
     with watched(lambda: command.progress.update(before + sum(item.is_done for item in todo))):
-        command.runtime.train(todo)
+        interruptible(lambda: command.runtime.train(todo))
     left = [item.name for item in todo if not item.is_done]
     if left:
         raise PrismError(f"{stage}: {', '.join(left)} did not finish; run the same command to continue")

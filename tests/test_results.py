@@ -41,7 +41,7 @@ def spec(overrides: list[str]) -> RunSpec:
 
 
 def test_load_dataset_shows_pictures_and_class_names(spec: RunSpec) -> None:
-    loaded = datasets.load_dataset("parquet", data_files=f"{spec.run_dir}/images/*.parquet", split="train")
+    loaded: Any = datasets.load_dataset("parquet", data_files=f"{spec.run_dir}/images/*.parquet", split="train")
     assert len(loaded) == 20
     assert isinstance(loaded[0]["image"], Image.Image)
     assert loaded[0]["image"].size == (16, 16)

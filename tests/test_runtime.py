@@ -95,7 +95,7 @@ def test_a_finished_run_does_nothing_more_and_starts_no_ray(reference: Path) -> 
 
 # A unit that fails. The fault is injected by a sitecustomize.py on the workers' PYTHONPATH, which wraps the stage when
 # it is imported: the product has no switch for it.
-SITECUSTOMIZE = '''
+SITECUSTOMIZE = """
 import importlib.abc, importlib.util, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -117,7 +117,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 sys.meta_path.insert(0, Finder())
-'''
+"""
 
 
 def poisoned_path(folder: Path, fault: str, unit: int = 1) -> str:
@@ -166,6 +166,24 @@ def test_sigterm_drains_and_the_same_command_continues(reference: Path, tmp_path
     done = prism_ray(command[3:])
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path) == hashes(reference)
+
+
+def test_sigterm_ends_a_run_on_ray_within_seconds_and_leaves_no_process(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference / "artifacts", tmp_path / "artifacts")
+    command = [sys.executable, "-m", "prism_ray", *SMOKE, "compute=ray", f"storage={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("[synthesize] 0/"):
+            pass
+        time.sleep(8)  # Ray is up, and its actors load their models
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75, errors
+    assert time.monotonic() - started < 10
+    while ray_processes():
+        assert time.monotonic() - started < 20, "Ray outlived its driver"
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])

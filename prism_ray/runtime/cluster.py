@@ -1,10 +1,11 @@
 """The Ray executor: one session per command, started with the first work; a finished run answers without Ray."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from prism_ray.config import ComputeConfig
+from prism_ray.errors import Drained
 from prism_ray.ledger import Outcome
 from prism_ray.runtime import session
 from prism_ray.work import Chain, Item, RunSpec, UnitRef
@@ -15,39 +16,39 @@ class RayRuntime:
 
     Args:
         compute: where and how many.
-        started: called once the session runs, to install signal handlers that Ray has replaced.
     """
 
-    def __init__(self, compute: ComputeConfig, *, started: Callable[[], None]) -> None:
-        self._compute, self._started = compute, started
+    def __init__(self, compute: ComputeConfig) -> None:
+        self._compute = compute
         self._is_running = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._is_running:
-            session.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._is_running:
+            return
+        # After a signal a call is still under way in its thread, and an orderly shutdown would wait for it.
+        is_abandoned = kind is not None and issubclass(kind, Drained | KeyboardInterrupt)
+        session.abandon(self._compute) if is_abandoned else session.stop()
 
     def units(self, specs: Sequence[RunSpec], chains: Sequence[Chain]) -> Iterator[tuple[UnitRef, Outcome]]:
         """Make units on actors, yielding how each ended, in the order they end."""
-        self._start()
         from prism_ray.runtime.units import run_units
 
         return run_units(self._compute, specs, chains)
 
     def train(self, items: Sequence[Item]) -> None:
         """Do every item of a list."""
-        self._start()
         from prism_ray.runtime.train import run_trainings
 
         run_trainings(self._compute, items)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start or join the cluster, once; comes before the first work."""
         if self._is_running:
             return
+        self._is_running = True  # from here on there may be something to end
         session.start(self._compute)
-        self._is_running = True
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        self._started()

@@ -18,6 +18,9 @@ class InlineRuntime:
     def __exit__(self, *_: object) -> None:
         return
 
+    def start(self) -> None:
+        """Nothing to start."""
+
     def units(self, specs: Sequence[RunSpec], chains: Sequence[Chain]) -> Iterator[tuple[UnitRef, Outcome]]:
         """Make units in the given order, yielding how each ended."""
         from prism_ray.stages.worker import Worker

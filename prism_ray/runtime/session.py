@@ -6,9 +6,11 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import InputError
@@ -155,6 +157,15 @@ def _silenced_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(sink)
+
+
+def abandon(compute: ComputeConfig) -> None:
+    """End a local cluster without waiting for its work. One that was joined ends this driver's actors by itself."""
+    if cluster_address(compute) not in (None, "local"):
+        return
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def stop() -> None:
