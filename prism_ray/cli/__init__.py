@@ -1,0 +1,155 @@
+"""Verbs and their settings: `prism-ray VERB [key=value ...]`. The only package that knows Hydra.
+
+Everything heavy is imported inside the verb that needs it, after the settings were checked, so that help and a refused
+setting answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from prism_ray import __version__
+from prism_ray.cli.compose import compose, compose_suite
+from prism_ray.cli.files import GROUPS, group_names
+from prism_ray.cli.keys import nearest
+from prism_ray.errors import ExitCode, InputError, PrismError, one_line
+from prism_ray.signals import leave
+
+__all__ = ["compose", "compose_suite", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code and prints errors as one line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return ExitCode.done
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return ExitCode.done
+    try:
+        return int(_run_verb(arguments[0], arguments[1:]))
+    except PrismError as error:
+        print(f"prism-ray: {one_line(error)}", file=sys.stderr)
+        return int(leave(error.exit_code))
+    except KeyboardInterrupt:
+        print("prism-ray: interrupted; run the same command to continue", file=sys.stderr)
+        return int(leave(ExitCode.interrupted))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.failure
+
+
+def _run_verb(verb: str, overrides: list[str]) -> ExitCode:
+    if verb not in VERBS:
+        raise InputError(f"{verb!r}: unknown verb{nearest(verb, VERBS)}; known: {', '.join(VERBS)}")
+    function, _ = VERBS[verb]
+    if any(argument in ("-h", "--help") for argument in overrides):
+        print(help_text())
+        return ExitCode.done
+    return function(overrides)
+
+
+def help_text() -> str:
+    """What `prism-ray --help` prints."""
+    lines = [f"prism-ray {__version__}: makes training sets out of models", "", "  prism-ray VERB [key=value ...]", ""]
+    lines += [f"  {verb:8} {text}" for verb, (_, text) in VERBS.items()]
+    lines.append("")
+    lines += [f"  {group}={'|'.join(group_names(group))}" for group in (*GROUPS, "suite")]
+    lines += [
+        "",
+        "  Any setting of prism_ray/config.py is a key: method.iterations=500 student.seeds=[0,1] storage=DIR",
+        "  The same command, run again, continues. Exit codes: 0 done, 1 failure, 2 bad input, 3 done but units",
+        "  quarantined, 75 stopped by SIGTERM (run again to continue), 130 interrupted.",
+    ]
+    return "\n".join(lines)
+
+
+def _run(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import pipeline
+
+    return pipeline.run(
+        {config.method.name: config},
+        title=f"{config.recipe_name}: {config.method.name}",
+        command=_command("run", overrides),
+    )
+
+
+def _bench(overrides: list[str]) -> ExitCode:
+    suite, rows = compose_suite(overrides)
+    from prism_ray import pipeline
+
+    return pipeline.run(rows, title=f"suite {suite.name}", command=_command("bench", overrides), suite=suite.name)
+
+
+def _plan(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    print(inspection.plan_text(config))
+    return ExitCode.done
+
+
+def _status(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    print(inspection.status_text(config))
+    return ExitCode.done
+
+
+def _verify(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    problems = inspection.verify(config)
+    for problem in problems:
+        print(f"{problem['key']}: {problem['problem']}")
+    if not problems:
+        print(f"{inspection.describe(config)}: every object matches its receipt")
+        return ExitCode.done
+    print(f"{inspection.describe(config)}: {len(problems)} damaged; the same `prism-ray run` makes them again")
+    return _run([o for o in overrides if not o.startswith("repair=")]) if config.repair else ExitCode.failure
+
+
+def _retry(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    count = inspection.retry(config)
+    print(f"{inspection.describe(config)}: {count} quarantined units may be tried again")
+    return _run(overrides)
+
+
+def _report(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    print(inspection.rewrite_report(config, command=_command("report", overrides)))
+    return ExitCode.done
+
+
+def _doctor(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    text, healthy = inspection.doctor_text(config)
+    print(text)
+    return ExitCode.done if healthy else ExitCode.failure
+
+
+def _command(verb: str, overrides: list[str]) -> str:
+    return " ".join(["prism-ray", verb, *overrides])
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
+    "run": (_run, "make a data set and all that belongs to it: run recipe=digits method=prism"),
+    "bench": (_bench, "several methods under one protocol, one report: bench suite=digits"),
+    "plan": (_plan, "units, images, bytes and operations of a run; starts nothing"),
+    "status": (_status, "how far a run is"),
+    "verify": (_verify, "compare every object with its checksum (repair=true: make damaged ones again)"),
+    "retry": (_retry, "try quarantined units again"),
+    "report": (_report, "write a run's report again"),
+    "doctor": (_doctor, "what this machine and this installation can do"),
+}

@@ -1,0 +1,204 @@
+"""From `key=value` strings to checked settings, one line for whatever is wrong with them."""
+
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from prism_ray.cli.files import CONF, GROUPS, first_lines, group_file, group_names, read_yaml
+from prism_ray.cli.keys import expected, is_text, kind_of
+from prism_ray.config import Config, check_config
+from prism_ray.errors import InputError
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark: one recipe, and for each row of its table the settings that differ."""
+
+    name: str
+    recipe: str
+    rows: dict[str, list[str]]
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The checked settings of one run.
+
+    Args:
+        overrides: `key=value` strings; `recipe=` also takes the path of a YAML file.
+
+    Raises:
+        InputError: one line for anything unknown, malformed, of a wrong type or out of range.
+    """
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    checked = [_checked_override(override) for override in overrides]
+    # Hydra adds nothing to a mapping that is there, and merges one into it; see `_with_entry`.
+    free = [override for override in checked if _is_free(override.partition("=")[0])]
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    ruled = [_stored_recipe(override, store) for override in checked if override not in free]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose("config", overrides=ruled)
+        OmegaConf.set_struct(composed, False)
+        for override in free:
+            composed = _with_entry(composed, override)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise _refusal(error, overrides) from error
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def compose_suite(overrides: Sequence[str]) -> tuple[Suite, dict[str, Config]]:
+    """A suite and the settings of each of its rows."""
+    names = [o.removeprefix("suite=") for o in overrides if o.startswith("suite=")]
+    others = [o for o in overrides if not o.startswith("suite=")]
+    if len(names) != 1:
+        raise InputError(f"bench: needs suite=NAME once; known: {', '.join(group_names('suite'))}")
+    if any(o.split("=")[0] in ("recipe", "run_id") for o in others):
+        raise InputError("bench: recipe and run_id are the suite's to choose; leave them out")
+    suite = load_suite(names[0])
+    return suite, {label: compose([f"recipe={suite.recipe}", *row, *others]) for label, row in suite.rows.items()}
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by name or by the path of its YAML file."""
+    content = read_yaml(group_file("suite", name))
+    wrong = set(content) ^ {"recipe", "rows"}
+    if wrong or not isinstance(content["rows"], dict) or not content["rows"]:
+        raise InputError(f"suite={name}: must hold exactly 'recipe' and 'rows' (row name to a list of overrides)")
+    return Suite(Path(name).stem, content["recipe"], {str(k): [str(o) for o in v] for k, v in content["rows"].items()})
+
+
+def _checked_override(override: str) -> str:
+    """Refuse what would be misread or accepted in silence, with the nearest key that exists."""
+    key, separator, value = override.partition("=")
+    if key.startswith(("+", "~")):
+        raise InputError(f"{override!r}: settings can't be added or deleted; write key=value with a known key")
+    if not separator or not NAME.fullmatch(key) or value.startswith("="):
+        raise InputError(f"{override!r}: not an override; expected key=value")
+    if "${" in value or "_target_" in override:
+        raise InputError(f"{override!r}: interpolations and _target_ are not allowed; write the value itself")
+    if key in GROUPS:
+        group_file(key, value)
+    elif key == "suite":
+        raise InputError("suite=...: belongs to the verb bench")
+    elif is_text(kind_of(key)) and value != "null" and value[:1] not in ("'", '"'):
+        return f"{key}={_quoted(value)}"  # a path may hold characters that Hydra's grammar wants quoted
+    else:
+        _check_syntax(override)
+    return override
+
+
+def _check_syntax(override: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{override!r}: not readable ({reason}); expected key=value, with lists as [a,b] and mappings as {{a:1}}"
+        ) from error
+    if parsed.is_sweep_override():
+        raise InputError(f"{override!r}: one value only; write a list as [a,b], and compare settings with a suite")
+
+
+def _quoted(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key lies in a mapping of names of the user's own, such as `teachers.models` and `model_args`."""
+    parts = key.split(".")
+    heads = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return key not in GROUPS and any(typing.get_origin(kind_of(head)) is dict for head in heads)
+
+
+def _with_entry(composed: Any, override: str) -> Any:
+    """The settings with an entry of such a mapping set: arguments are replaced, a teacher is added or completed."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    key = override.partition("=")[0]
+    value = OverridesParser.create().parse_override(override).value()
+    kind = kind_of(key)
+    if (typing.get_origin(kind) is dict or is_dataclass(kind)) and not isinstance(value, dict):
+        raise InputError(f"{override}: not allowed; expected {expected(kind)}")
+    if kind == dict[str, Any]:
+        # Arguments of another architecture would be of no use to this one.
+        composed = OmegaConf.merge(composed, _nested(key, {}))
+        OmegaConf.update(composed, key, value, merge=False)
+        return composed
+    return OmegaConf.merge(composed, _nested(key, value))
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _refusal(error: BaseException, overrides: Sequence[str]) -> InputError:
+    """One line for what Hydra or OmegaConf refused: key, value, what was expected."""
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing:
+        known = ", ".join(getattr(error, "options", None) or [])
+        return InputError(f"recipe: its defaults name {missing}, which does not exist; known: {known}")
+    key, reason = None, first_lines(error)
+    cause: BaseException | None = error
+    while cause is not None and key is None:
+        key = getattr(cause, "full_key", None)
+        reason = first_lines(cause, 1) if key else reason
+        cause = cause.__cause__ or cause.__context__
+    key = (key or "").partition("[")[0]
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    try:
+        wanted = f"expected {expected(kind_of(key))}"
+    except InputError:
+        wanted = "see prism_ray/config.py for keys and types"
+    return InputError(f"{given[-1]}: not allowed; {wanted}" if given else f"{key or 'settings'}: {reason}; {wanted}")
+
+
+def _stored_recipe(override: str, store: Any) -> str:
+    """A recipe given as a path becomes a named one; its content is data: no targets, no interpolation."""
+    key, _, value = override.partition("=")
+    if key != "recipe" or value in group_names("recipe"):
+        return override
+    path = Path(value)
+    content = read_yaml(path)
+    name = re.sub(r"[^A-Za-z0-9_]", "_", path.stem)
+    for key in _keys_within(content):
+        try:
+            kind_of(key)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    content.setdefault("recipe_name", name)
+    store.store(group="recipe", name=name, package="_global_", node=content)
+    return f"recipe={name}"
+
+
+def _keys_within(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a recipe's settings."""
+    for key, value in content.items():
+        if prefix or key != "defaults":
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from _keys_within(value, f"{prefix}{key}.")
