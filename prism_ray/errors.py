@@ -1,5 +1,7 @@
 """What a command can end with: exit codes and the errors that carry them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -35,6 +37,15 @@ class Drained(PrismError):
 
 class Fenced(PrismError):
     """Another driver took this run over, so this one may not publish any more."""
+
+
+@contextmanager
+def within(key: str) -> Iterator[None]:
+    """Put the setting's owner before refusals that name a setting of its own: `arch: ...` → `student.arch: ...`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}.{one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -193,6 +193,11 @@ class Ledger:
             return f"has {size} bytes, its receipt says {receipt.bytes}"
         if sha256_of(self.store.read(receipt.key)) != receipt.sha256:
             return "its content differs from its receipt (same size)"
+        folder = receipt.key.rpartition("/")[0]
+        for name, sha256 in receipt.details.get("files", {}).items():
+            key = f"{folder}/{name}"
+            if self.store.size(key) is None or sha256_of(self.store.read(key)) != sha256:
+                return f"its {name} is missing or differs from its receipt"
         return None
 
     def record_damage(self, problems: list[dict[str, str]]) -> None:

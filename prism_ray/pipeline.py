@@ -18,7 +18,7 @@ from prism_ray.config import STAGES, Config, Executor
 from prism_ray.data.prepared import prepare_dataset
 from prism_ray.errors import ExitCode, PrismError
 from prism_ray.ledger import MANIFEST, Outcome
-from prism_ray.plan import used_teachers
+from prism_ray.plan import check_statistics, used_teachers
 from prism_ray.progress import Progress
 from prism_ray.runs import Run, open_run
 from prism_ray.runtime.cluster import RayRuntime
@@ -126,7 +126,7 @@ def prepare(command: Command) -> None:
         with storage_errors(each.artifacts_dir):
             each.dataset = prepare_dataset(each.config.dataset, each.artifacts_dir)
         each.pin("data set", each.dataset.content_hash)
-        _ = each.units  # a plan that can't be made is refused before teachers are trained
+        check_statistics(each.config, each.units)  # refused, like a plan that can't be made, before teachers train
         for key in each.ledger.set_damaged_aside():
             command.progress.message(f"{each.name}: {key} was damaged and is made again")
         command.progress.update(n)

@@ -113,6 +113,26 @@ def statistics_teachers(config: Config, unit: Unit, iteration: int) -> tuple[str
     )
 
 
+def check_statistics(config: Config, units: Sequence[Unit]) -> None:
+    """Refuse a plan in which some draw of statistics teachers has no batch norm at all.
+
+    Raises:
+        InputError: names the first such unit.
+    """
+    has_bn = {name: teacher.batch_norm for name, teacher in config.teachers.models.items()}
+    if config.method.engine is Engine.real or has_bn[config.teachers.primary]:
+        return  # the primary is in every draw
+    for unit in units:
+        for iteration in range(unit.iterations):
+            drawn = statistics_teachers(config, unit, iteration)
+            if not any(has_bn[name] for name in drawn):
+                raise InputError(
+                    f"teachers.primary={config.teachers.primary!r}: has no batch norm, and unit {unit.name} draws "
+                    f"{', '.join(drawn)} at iteration {iteration}, so it has no statistics to match; choose a primary "
+                    "with batch norm, or statistics_probability=1"
+                )
+
+
 def used_teachers(config: Config) -> list[str]:
     """Names of the teachers a run needs, each once: those that guide it, label teachers, feature model.
 

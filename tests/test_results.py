@@ -199,5 +199,37 @@ def test_a_teacher_from_a_folder_is_adopted_with_its_own_bytes(overrides: list[s
     assert (adopted[0] / "model.safetensors").read_bytes() == Path(folder, "model.safetensors").read_bytes()
 
 
+def test_verify_finds_a_damaged_part_of_a_student_and_run_mends_it(
+    overrides: list[str], spec: RunSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(spec.run_dir, "student/hard-seed0/config.json")
+    before = config.read_bytes()
+    config.write_bytes(before.replace(b"prism_convnet", b"prism_convnot"))
+    assert cli.main(["verify", *overrides]) == 1
+    assert "hard-seed0/model.safetensors: its config.json is missing or differs" in capsys.readouterr().out
+    assert cli.main(["run", *overrides]) == 0
+    assert cli.main(["verify", *overrides]) == 0
+    assert config.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("teachers.models.vgg.model_args={chan:3}", "teachers.models.vgg.model_args: "),
+        ("student.model_args={channels:[8,8,8,8,8]}", "student.model_args: "),
+        ("teachers.primary=gn", "teachers.primary='gn': has no batch norm"),
+    ],
+)
+def test_networks_that_cannot_work_are_refused_by_the_setting_that_asks_for_them(
+    override: str, expected: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    group_norm = ["teachers.models.gn={arch:test_efficientnet_gn,batch_norm:false}", "teachers.pool=[gn,vgg,convnet]"]
+    settings = [*overrides, *group_norm, override, "method.cadence=iteration", "student.seeds=[5]"]
+    assert cli.main(["run", *settings]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert expected in error
+
+
 def read_json_at(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "prism_ray.json").read_text())

@@ -12,7 +12,7 @@ from prism_ray import __version__
 from prism_ray.cli.compose import compose, compose_suite
 from prism_ray.cli.files import GROUPS, group_names
 from prism_ray.cli.keys import nearest
-from prism_ray.errors import ExitCode, InputError, PrismError, one_line
+from prism_ray.errors import Drained, ExitCode, InputError, PrismError, one_line
 from prism_ray.signals import leave
 
 __all__ = ["compose", "compose_suite", "main"]
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_run_verb(arguments[0], arguments[1:]))
     except PrismError as error:
         print(f"prism-ray: {one_line(error)}", file=sys.stderr)
-        return int(leave(error.exit_code))
+        return int(leave(error.exit_code) if isinstance(error, Drained) else error.exit_code)
     except KeyboardInterrupt:
         print("prism-ray: interrupted; run the same command to continue", file=sys.stderr)
         return int(leave(ExitCode.interrupted))

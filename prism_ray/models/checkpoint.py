@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,7 +49,8 @@ def save_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer, step
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(copies, temporary, metadata={_METADATA: json.dumps(metadata)})
+        # Written here and not by safetensors, so that a full disk is the OSError that it is everywhere else.
+        temporary.write_bytes(save(copies, metadata={_METADATA: json.dumps(metadata)}))
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional
@@ -225,7 +225,7 @@ def save_classifier(
     folder_path.mkdir(parents=True, exist_ok=True)
     # Copies, because safetensors refuses tensors that share memory. One metadata entry: several come in any order.
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()}
-    save_file(tensors, folder_path / "model.safetensors", metadata={"format": "pt"})
+    (folder_path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     _write_json(folder_path / "config.json", config)
     _write_json(folder_path / "prism_ray.json", dict(extra))
 

@@ -35,7 +35,8 @@ def _visible_gpus() -> int:
 
 def cluster_address(compute: ComputeConfig) -> str | None:
     """The cluster to join, None for a local one."""
-    return compute.address or os.environ.get("RAY_ADDRESS") or None
+    address = compute.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
 
 
 def preflight(compute: ComputeConfig) -> None:
@@ -52,7 +53,7 @@ def preflight(compute: ComputeConfig) -> None:
     address = cluster_address(compute)
     if address is None:
         check_fits(compute, *local_resources(compute), where="this machine")
-    elif address not in ("auto", "local"):
+    elif address != "auto":
         _check_reachable(address)
 
 
@@ -108,7 +109,7 @@ def start(compute: ComputeConfig) -> None:
         InputError: the cluster refused the connection or is too small.
     """
     address = cluster_address(compute)
-    local = address in (None, "local")
+    local = address is None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
@@ -161,7 +162,7 @@ def _silenced_stderr() -> Iterator[None]:
 
 def abandon(compute: ComputeConfig) -> None:
     """End a local cluster without waiting for its work. One that was joined ends this driver's actors by itself."""
-    if cluster_address(compute) not in (None, "local"):
+    if cluster_address(compute) is not None:
         return
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_ray.config import Config, LabelKind, Schedule, SoftLoss, config_hash, content_hash
-from prism_ray.errors import PrismError
+from prism_ray.errors import PrismError, within
 from prism_ray.ledger import Ledger, Receipt, read_table
 from prism_ray.lock import check_epoch
 from prism_ray.methods.distillation import batch_of_step, hard_loss, kl_loss, mse_ce_loss
@@ -63,17 +63,18 @@ class Distiller:
         config, student = item.spec.config, item.spec.config.student
         dataset = item.spec.dataset()
         images, logits = self._training_set(item, inputs)
-        classifier = build_classifier(
-            student.arch,
-            num_classes=dataset.num_classes,
-            in_chans=dataset.channels,
-            image_size=dataset.image_size,
-            mean=dataset.mean,
-            std=dataset.std,
-            model_args=student.model_args,
-            # Not of the method or the label kind: students of one seed start alike in every row of a table.
-            seed=seed_for(config.seed, "student", item.seed),
-        ).to(device)
+        with within("student"):
+            classifier = build_classifier(
+                student.arch,
+                num_classes=dataset.num_classes,
+                in_chans=dataset.channels,
+                image_size=dataset.image_size,
+                mean=dataset.mean,
+                std=dataset.std,
+                model_args=student.model_args,
+                # Not of the method or the label kind: students of one seed start alike in every row of a table.
+                seed=seed_for(config.seed, "student", item.seed),
+            ).to(device)
         order_seed = seed_for(config.seed, "student order", item.seed)
 
         def loss_of_step(step: int) -> Tensor:
@@ -112,7 +113,10 @@ def _read_training_set(spec: RunSpec, inputs: dict[str, str], *, with_labels: bo
     ledger, config = spec.ledger(), spec.config
     units = [unit for unit in spec.units() if f"images/{unit.name}.parquet" in inputs]
     if not units:
-        raise PrismError(f"{spec.run_dir}: no shard to learn from, every unit is quarantined; see prism-ray status")
+        raise PrismError(
+            f"{spec.run_dir}: no image shard to learn from; run the stages before, or see prism-ray status for what "
+            "was quarantined"
+        )
     tables = [read_table(ledger.store, f"images/{unit.name}.parquet") for unit in units]
     images = ImageSet(units, tables, config.labels, config.seed)
     return images, _logits(ledger, config, units, images) if with_labels else None
@@ -145,7 +149,7 @@ def _publish(
             seconds=seconds,
             inputs=inputs,
             fingerprint=fingerprint,
-            details=facts,
+            details={**facts, "files": {path.name: sha256_of_file(path) for path in sorted(built.iterdir())}},
         )
         check_epoch(ledger.store, item.spec.epoch)
         ledger.store.remove(key)  # trained from other inputs, or left without a receipt

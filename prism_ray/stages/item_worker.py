@@ -3,6 +3,7 @@
 from prism_ray.stages.distill import Distiller
 from prism_ray.stages.evaluate import measure_diversity
 from prism_ray.stages.teach import make_teacher
+from prism_ray.storage import storage_errors
 from prism_ray.work import Item, StudentItem, TeacherItem
 
 
@@ -13,10 +14,11 @@ class ItemWorker:
         self._distiller = Distiller()
 
     def process(self, item: Item) -> None:
-        """Do one item and publish its result."""
-        if isinstance(item, TeacherItem):
-            make_teacher(item)
-        elif isinstance(item, StudentItem):
-            self._distiller.train(item)
-        else:
-            measure_diversity(item)
+        """Do one item and publish its result; a full disk is one line."""
+        with storage_errors(item.scratch_dir):
+            if isinstance(item, TeacherItem):
+                make_teacher(item)
+            elif isinstance(item, StudentItem):
+                self._distiller.train(item)
+            else:
+                measure_diversity(item)

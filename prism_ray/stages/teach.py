@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.errors import InputError
+from prism_ray.errors import InputError, within
 from prism_ray.methods.distillation import batch_of_step, hard_loss
 from prism_ray.methods.inversion.objective import num_bn_layers
 from prism_ray.methods.views import crop_flip, render
@@ -84,16 +84,17 @@ def checkpoint_of(item: TeacherItem) -> Path:
 def _trained(item: TeacherItem, dataset: PreparedDataset, device: torch.device) -> Classifier:
     teach = item.teach
     assert item.teacher.arch is not None
-    classifier = build_classifier(
-        item.teacher.arch,
-        num_classes=dataset.num_classes,
-        in_chans=dataset.channels,
-        image_size=dataset.image_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        model_args=item.teacher.model_args,
-        seed=seed_for(teach.seed, "teacher", item.name),
-    ).to(device)
+    with within(f"teachers.models.{item.name}"):
+        classifier = build_classifier(
+            item.teacher.arch,
+            num_classes=dataset.num_classes,
+            in_chans=dataset.channels,
+            image_size=dataset.image_size,
+            mean=dataset.mean,
+            std=dataset.std,
+            model_args=item.teacher.model_args,
+            seed=seed_for(teach.seed, "teacher", item.name),
+        ).to(device)
     pixels = torch.from_numpy(dataset.images("train"))
     class_ids = torch.tensor(dataset.labels("train"))
     keys = np.array([seed_for(teach.seed, "view", n) for n in range(len(pixels))], dtype=np.int64)
