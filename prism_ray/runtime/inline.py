@@ -28,7 +28,10 @@ class InlineRuntime:
         node = f"{socket.gethostname()}-{os.getpid()}"
         worker = Worker(specs, node=node, live_nodes=lambda: {node})
         for chain in chains:
-            yield from worker.process(chain)
+            outcomes = worker.process(chain)
+            yield from outcomes
+            if any(outcome.status == "aborted" for _, outcome in outcomes):
+                return
 
     def train(self, items: Sequence[Item]) -> None:
         """Do every item of a list."""

@@ -33,10 +33,11 @@ class Synthesizer:
     """Makes the units of one run; holds its plan, its teachers and its real images."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self.spec, self.config = spec, spec.config
+        self.config = spec.config
         self.device = pick_device(spec.config.compute.gpus_per_actor)
         self.dataset = spec.dataset()
-        self._guiding = list(dict.fromkeys([spec.config.teachers.primary, *statistics_pool(spec.config)]))
+        names = dict.fromkeys([spec.config.teachers.primary, *statistics_pool(spec.config)])
+        self._teachers = {name: teacher_of(spec, name, self.device) for name in names}
 
     def compute(self, unit: Unit) -> tuple[pa.Table, Receipt]:
         """The unit's shard and its receipt, lacking what only publishing knows."""
@@ -71,7 +72,7 @@ class Synthesizer:
             self._initial(unit).to(self.device),
             torch.tensor([image.class_id for image in unit.images], device=self.device),
             primary=self.config.teachers.primary,
-            teachers={name: teacher_of(self.spec, name, self.device) for name in self._guiding},
+            teachers=self._teachers,
             statistics_teachers=lambda iteration: statistics_teachers(self.config, unit, iteration),
             num_iterations=unit.iterations,
             lr=method.lr,
@@ -138,7 +139,7 @@ class Synthesizer:
     def _verify(self, pixels: np.ndarray, class_ids: Sequence[int]) -> tuple[list[int], list[float]]:
         """The primary's prediction on the stored pixels, and its probability of the intended class."""
         images = torch.from_numpy(pixels).to(self.device).float() / 255
-        logits = teacher_of(self.spec, self.config.teachers.primary, self.device)(images)
+        logits = self._teachers[self.config.teachers.primary](images)
         probabilities = logits.softmax(dim=1)[torch.arange(len(class_ids)), torch.tensor(class_ids)]
         return logits.argmax(dim=1).tolist(), probabilities.tolist()
 
