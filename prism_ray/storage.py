@@ -79,7 +79,7 @@ class LocalStore:
         """Write or replace an object as a whole."""
         with self._written(key, data) as temporary:
             os.replace(temporary, self.path(key))
-        _sync_folder(self.path(key).parent)
+        sync_path(self.path(key).parent)
 
     def create(self, key: str, data: bytes, *, check: Callable[[Path], None] | None = None) -> bool:
         """Publish a new object; False, and nothing changed, if the key exists.
@@ -93,7 +93,7 @@ class LocalStore:
                 _link_new(temporary, self.path(key))
             except FileExistsError:
                 return False
-        _sync_folder(self.path(key).parent)
+        sync_path(self.path(key).parent)
         return True
 
     def remove(self, key: str) -> None:
@@ -222,7 +222,7 @@ def publish_folder(built: Path, final: Path) -> bool:
             raise
         shutil.rmtree(built, ignore_errors=True)
         return False
-    _sync_folder(final.parent)
+    sync_path(final.parent)
     return True
 
 
@@ -237,8 +237,9 @@ def _link_new(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file's content, or the renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

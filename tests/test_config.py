@@ -14,7 +14,6 @@ from prism_ray.cli import compose, compose_suite
 from prism_ray.config import (
     Config,
     TeacherConfig,
-    check_config,
     config_hash,
     content_hash,
     output_settings,
@@ -23,6 +22,7 @@ from prism_ray.config import (
     walk,
 )
 from prism_ray.errors import InputError
+from prism_ray.validation import check_config
 
 SMOKE = compose(["recipe=digits_smoke", "method=prism", "compute=inline"])
 LEAVES = {key: metadata for key, _, metadata in walk(SMOKE)}

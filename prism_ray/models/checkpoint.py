@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prism_ray.errors import InputError, one_line
+from prism_ray.storage import sync_path
 
 VERSION = 1
 _METADATA = "prism_ray.checkpoint"  # a single entry: safetensors writes several in any order
@@ -51,9 +52,9 @@ def save_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer, step
     try:
         # Written here and not by safetensors, so that a full disk is the OSError that it is everywhere else.
         temporary.write_bytes(save(copies, metadata={_METADATA: json.dumps(metadata)}))
-        _sync(temporary)
+        sync_path(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync_path(path.parent)
     finally:
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -113,11 +114,3 @@ def _with_tuples(groups: list[dict[str, Any]], current: list[dict[str, Any]]) ->
         {k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in group.items()}
         for group, now in zip(groups, current, strict=True)
     ]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
