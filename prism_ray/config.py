@@ -1,6 +1,6 @@
 """Every setting once: meaning, unit, default, check, and whether it affects the output.
 
-Plain dataclasses, no Hydra. `cli.py` composes them from `conf/`; a stage gets its own part, a method plain arguments.
+Plain dataclasses, no Hydra. `cli` composes them from `conf/`; a stage gets its own part, a method plain arguments.
 A setting that affects the output is part of `config_hash`, which names the run; one that does not (where the run is
 stored, how many workers compute it, how long they may take) can change between two calls of the same run.
 """
@@ -158,7 +158,9 @@ class TeachersConfig:
     models: dict[str, TeacherConfig] = setting(doc="every teacher of this run by name", check=not_empty)
     primary: str = setting(doc="the teacher whose logits guide synthesis", check=not_empty)
     pool: list[str] = setting(doc="teachers that may serve statistics; holds the primary", check=distinct)
-    min_accuracy: float = setting(0.5, doc="held-out top-1 below which a teacher is refused", check=fraction)
+    min_accuracy: float = setting(
+        0.5, doc="held-out top-1 below which a teacher is refused", check=fraction, output=False
+    )
 
 
 @dataclass(kw_only=True)
@@ -264,7 +266,10 @@ class ComputeConfig:
     threads: int = setting(1, doc="CPU threads of every computation; part of the plan", check=at_least_one)
     max_attempts: int = setting(3, doc="tries of a unit before it is quarantined", check=at_least_one, output=False)
     unit_timeout_s: float = setting(
-        3600.0, doc="without any finished unit for this long, the run fails", check=positive, output=False
+        3600.0,
+        doc="on Ray: without any unit made and labelled for this long, the run fails",
+        check=positive,
+        output=False,
     )
     effective_tflops: float = setting(
         0.01, doc="sustained TFLOP/s of one device, for the estimate of `plan`", check=positive, output=False
@@ -333,6 +338,22 @@ def output_settings(config: Config) -> dict[str, Any]:
         for key, value, metadata in walk(config)
         if metadata["output"] and not (isinstance(value, dict) and any(is_dataclass(v) for v in value.values()))
     }
+
+
+def output_tree(config: Any) -> dict[str, Any]:
+    """The same settings nested, JSON-ready: without paths, addresses and whatever else is this machine's alone."""
+    found = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if not f.metadata["output"]:
+            continue
+        if is_dataclass(value):
+            found[f.name] = output_tree(value)
+        elif isinstance(value, dict) and any(is_dataclass(v) for v in value.values()):
+            found[f.name] = {name: output_tree(entry) for name, entry in value.items()}
+        else:
+            found[f.name] = plain(value)
+    return found
 
 
 def config_hash(config: Config) -> str:

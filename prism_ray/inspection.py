@@ -222,8 +222,13 @@ def rewrite_report(config: Config, *, command: str) -> str:
     run = open_existing(config)
     if not run.ledger.receipts(SYNTHESIZE):
         raise InputError(f"{describe(config)}: has no images yet; start the run first")
-    run.store.remove("report")
-    path = summary.write_reports([run], title=run.name, command=command, suite=None)
+    missing = [name for name in used_teachers(config) if not summary.teacher_facts(run, name)]
+    if missing:
+        raise InputError(
+            f"{describe(config)}: the artifacts of its teachers {', '.join(missing)} are gone; make them again with "
+            "prism-ray run and stages=[teach]"
+        )
+    path = summary.write_reports([run], title=run.name, command=command, suite=None, always=True)
     return f"look at the report:  {path.as_uri()}"
 
 

@@ -158,6 +158,8 @@ class Ledger:
     def retry(self) -> int:
         """Forget quarantine and attempts, so that the next run tries again; returns the number of units."""
         entries = self.quarantined()
+        if entries:
+            self.store.remove(MANIFEST)
         for entry in entries:
             self.clear_attempts(entry["stage"], entry["name"])
             self.store.remove(f"quarantine/units/{entry['stage']}/{entry['name']}.json")
@@ -224,7 +226,8 @@ class Ledger:
         return aside
 
     def _set_aside(self, receipt: Receipt) -> None:
-        # The receipt goes first: without it the object counts for nothing, wherever a kill falls.
+        # The manifest and the receipt go first: without them the object counts for nothing, wherever a kill falls.
+        self.store.remove(MANIFEST)
         self.store.remove(f"receipts/{receipt.stage}/{receipt.name}.json")
         if self.store.size(receipt.key) is not None:
             self.store.move(receipt.key, f"quarantine/damaged/{receipt.key}")
@@ -274,6 +277,11 @@ def run_unit(
         receipt: names the unit; `compute` returns it filled in, with the table to publish.
     """
     stage, name = receipt.stage, receipt.name
+    committed = ledger.receipt(stage, name)
+    if committed and committed.unit_id == receipt.unit_id and ledger.is_done(committed, receipt.inputs):
+        # Ray replays a chain whose worker died in a later unit, or between the receipt and the answer.
+        ledger.clear_attempts(stage, name)
+        return Outcome("done", name, images=committed.rows)
     while True:
         reasons = ledger.failed_attempts(stage, name, epoch=attempt.epoch, live_nodes=attempt.live_nodes())
         if len(reasons) >= attempt.max_attempts:

@@ -132,12 +132,19 @@ def _beat_key(epoch: int) -> str:
 
 def _identity() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "started": _start_time(pid)}
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "pids": _pid_namespace(),
+        "pid": pid,
+        "started": _start_time(pid),
+    }
 
 
 def _is_dead_here(owner: dict[str, Any]) -> bool:
-    """Whether the owner ran on this very host and boot and its process is gone."""
-    if (owner.get("host"), owner.get("boot")) != (socket.gethostname(), _boot_id()) or "pid" not in owner:
+    """Whether the owner ran where we can see its process (host, boot, process namespace) and the process is gone."""
+    here = (socket.gethostname(), _boot_id(), _pid_namespace())
+    if (owner.get("host"), owner.get("boot"), owner.get("pids")) != here or "pid" not in owner:
         return False
     return _start_time(owner["pid"]) != owner.get("started")
 
@@ -145,6 +152,14 @@ def _is_dead_here(owner: dict[str, Any]) -> bool:
 def _boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
+
+
+def _pid_namespace() -> str:
+    """Containers may share host name and boot and still not see each other's processes."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _start_time(pid: int) -> str | None:

@@ -9,14 +9,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from prism_ray import summary
 from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Executor
 from prism_ray.data.prepared import prepare_dataset
-from prism_ray.errors import ExitCode, PrismError
+from prism_ray.errors import ExitCode, InputError, PrismError
 from prism_ray.ledger import MANIFEST, Outcome
 from prism_ray.plan import check_statistics, used_teachers
 from prism_ray.progress import Progress
@@ -94,6 +95,7 @@ def run(rows: Mapping[str, Config], *, title: str, command: str, suite: str | No
         report = None
         if "report" in wanted:
             with storage_errors(runs[0].store.root):
+                with_images(driven, "report")
                 report = summary.write_reports(runs, title=title, command=command, suite=suite)
         for each in runs:
             each.write_manifest()
@@ -151,6 +153,9 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
     config, dataset = each.config, each.dataset
     assert dataset is not None, "prepare comes first"
     teacher, compute = config.teachers.models[name], config.compute
+    if teacher.source != "train" and not teacher.source.startswith("timm:"):
+        # Workers of a cluster that was joined have another working directory.
+        teacher = replace(teacher, source=str(Path(teacher.source).absolute()))
     folder = teacher_folder(name, teacher, config.teach, dataset, each.artifacts_dir, compute.threads)
     with storage_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -216,19 +221,34 @@ def aborted(outcome: Outcome) -> PrismError:
 def distill(command: Command) -> None:
     """Students of every seed and label kind; runs are measured by the same workers if that is wanted."""
     items: list[Item] = []
-    for each in command.runs:
+    runs = with_images(command, "distill")
+    for each in runs:
         students = each.students()
         if not all(item.is_done for item in students):
             each.store.remove(MANIFEST)
         items += students
     if "evaluate" in command.wanted:
-        items += [DiversityItem(each.spec()) for each in command.runs]
+        items += [DiversityItem(each.spec()) for each in runs]
     do_items(command, "distill", items, "networks and measurements")
 
 
 def evaluate(command: Command) -> None:
     """How alike the images of a class are, beside as many real ones."""
-    do_items(command, "evaluate", [DiversityItem(each.spec()) for each in command.runs], "measurements")
+    items = [DiversityItem(each.spec()) for each in with_images(command, "evaluate")]
+    do_items(command, "evaluate", items, "measurements")
+
+
+def with_images(command: Command, stage: str) -> list[Run]:
+    """The runs that a later stage can work on: not those of which every unit was quarantined.
+
+    Raises:
+        InputError: a run has no images because no stage has made them.
+    """
+    found = [each for each in command.runs if each.ledger.receipts(SYNTHESIZE)]
+    for each in command.runs:
+        if each not in found and not each.ledger.quarantined():
+            raise InputError(f"stages: {stage} needs images, and run {each.name} has none; add the stages before it")
+    return found
 
 
 def do_items(command: Command, stage: str, items: Sequence[Item], unit: str) -> None:

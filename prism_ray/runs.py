@@ -14,10 +14,10 @@ from prism_ray import __version__
 from prism_ray.config import Config, LabelKind, config_hash, output_settings, plain, run_id
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError, PrismError
-from prism_ray.ledger import Ledger
+from prism_ray.ledger import MANIFEST, Ledger
 from prism_ray.lock import RunLock
 from prism_ray.plan import Unit
-from prism_ray.storage import LocalStore, check_writable, open_store, read_json, sha256_of_file, to_json
+from prism_ray.storage import TEMPORARY, LocalStore, check_writable, open_store, read_json, sha256_of_file, to_json
 from prism_ray.weights import find_weights
 from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, RunSpec, StudentItem, image_receipt, label_receipt
 
@@ -99,6 +99,7 @@ class Run:
         """
         students = [item for item in self.students() if not item.is_done]
         if students or self.open_units(SYNTHESIZE) or (self.needs_labels() and self.open_units(RELABEL)):
+            self.store.remove(MANIFEST)
             return
         content = {"version": 1, "run_id": self.name, "quarantined": self.ledger.quarantined()}
         for stage in (SYNTHESIZE, RELABEL, DISTILL):
@@ -162,7 +163,9 @@ def open_run(label: str, config: Config, locks: ExitStack) -> Run:
     _check_same(run)
     lock = locks.enter_context(RunLock(run.store, name=run.name, lease_s=config.compute.lease_s))
     run.epoch = lock.epoch
-    run.store.remove(".tmp")  # of drivers that are gone; ours is the only one now
+    _check_same(run)  # again: another driver may have begun it while we waited for the lock
+    for leftover in (TEMPORARY, *(path.name for path in run.store.root.glob(".train-*"))):
+        run.store.remove(leftover)  # of drivers that are gone; ours is the only one now
     content = {"config_hash": config_hash(config), "settings": plain(config)}
     run.store.put("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     run.store.put("environment.json", to_json(environment()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prism_ray.config import Engine, LabelKind, config_hash, content_hash, plain
+from prism_ray.config import Engine, LabelKind, config_hash, content_hash, output_tree
 from prism_ray.errors import InputError
 from prism_ray.plan import label_teachers, statistics_pool, used_teachers
 from prism_ray.report.contents import (
@@ -19,7 +19,7 @@ from prism_ray.report.contents import (
 )
 from prism_ray.runs import PINS, Run, versions
 from prism_ray.storage import open_store, read_json, to_json
-from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE
+from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
@@ -56,7 +56,8 @@ def summarize(run: Run, label: str | None = None) -> RunSummary:
     images, labels = run.ledger.receipts(SYNTHESIZE), run.ledger.receipts(RELABEL)
     num_images, seconds = sum(r.rows for r in images.values()), sum(r.seconds for r in images.values())
     optimized = config.method.engine is Engine.inversion
-    cosine = (read_json(run.store, DIVERSITY) or {}).get("cosine") or {}
+    is_measured = DiversityItem(run.spec()).is_done
+    cosine = (read_json(run.store, DIVERSITY) or {})["cosine"] if is_measured else {}
     per_slice = {unit.slice_index: unit.iterations for unit in run.units}
     return RunSummary(
         run_id=run.name,
@@ -76,7 +77,7 @@ def summarize(run: Run, label: str | None = None) -> RunSummary:
         num_units=len(run.units),
         image_bytes=sum(r.bytes for r in images.values()),
         label_bytes=sum(r.bytes for r in labels.values()),
-        config=plain(config),
+        config=output_tree(config),
         config_hash=config_hash(config),
         quarantined=[
             Quarantined(unit_id=f"{e['stage']} {e['name']} ({e['unit_id']})", reason=e["reason"])
@@ -139,19 +140,21 @@ def _students(run: Run) -> list[StudentResult]:
             num_params=receipts[item.name].details["num_params"],
         )
         for item in run.students()
-        if item.name in receipts
+        if item.is_done
     ]
 
 
 def _student_folder(run: Run) -> str | None:
     """The first student, soft labels before hard."""
-    names = [item.name for item in run.students() if run.ledger.receipt(DISTILL, item.name)]
+    names = [item.name for item in run.students() if item.is_done]
     soft_first = sorted(names, key=lambda name: not name.startswith(LabelKind.soft.name))
     return f"student/{soft_first[0]}" if soft_first else None
 
 
-def write_reports(runs: Sequence[Run], *, title: str, command: str, suite: str | None) -> Path:
-    """Report and card of every run, and of the suite one report of all; nothing is rewritten that has not changed.
+def write_reports(runs: Sequence[Run], *, title: str, command: str, suite: str | None, always: bool = False) -> Path:
+    """Report and card of every run, and of the suite one report of all.
+
+    What has not changed is written again only if `always`.
 
     Returns:
         The report to look at.
@@ -161,7 +164,8 @@ def write_reports(runs: Sequence[Run], *, title: str, command: str, suite: str |
 
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
-        if _is_new(run, "report/summary.json", [summary]) or run.store.size("report/report.html") is None:
+        known = read_json(run.store, "report/summary.json")
+        if always or known != [summary.to_dict()] or run.store.size("report/report.html") is None:
             own = summarize(run, label=run.config.method.name)
             write_report([own], run.store.path("report/report.html"), title=run.name, command=command)
             write_card(own, run.store.path("README.md"))
@@ -175,10 +179,6 @@ def write_reports(runs: Sequence[Run], *, title: str, command: str, suite: str |
         write_report(summaries, root.path(f"{folder}/report.html"), title=title, command=command)
         root.put(f"{folder}/summary.json", to_json(contents))
     return root.path(f"{folder}/report.html")
-
-
-def _is_new(run: Run, key: str, summaries: list[RunSummary]) -> bool:
-    return read_json(run.store, key) != [summary.to_dict() for summary in summaries]
 
 
 def closing_text(runs: Sequence[Run], report: Path | None, quarantined: Sequence[dict[str, Any]]) -> str:

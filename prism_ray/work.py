@@ -143,22 +143,28 @@ def label_receipt(unit: Unit, images: Receipt) -> Receipt:
 
 
 def student_inputs(ledger: Ledger, kind: LabelKind) -> dict[str, str]:
-    """What a student learns from, sha256 by key: every image shard that exists today, with its labels if soft."""
+    """What a student learns from, sha256 by key: every image shard that exists today, with its labels if soft.
+
+    Labels made from other bytes of the images than today's do not count.
+    """
     images, labels = ledger.receipts(SYNTHESIZE), ledger.receipts(RELABEL)
     if kind is LabelKind.hard:
         return {receipt.key: receipt.sha256 for receipt in images.values()}
-    names = images.keys() & labels.keys()
+    names = [n for n in images if n in labels and labels[n].inputs == {images[n].key: images[n].sha256}]
     return {receipts[name].key: receipts[name].sha256 for receipts in (images, labels) for name in names}
 
 
 def teacher_folder(
     name: str, teacher: TeacherConfig, teach: TeachConfig, dataset: PreparedDataset, artifacts_dir: Path, threads: int
 ) -> Path:
-    """Where the artifact of these settings belongs. Weights from elsewhere are named by their own digest."""
+    """Where the artifact of these settings belongs. A folder from elsewhere counts by the digests of its files."""
     settings: dict[str, Any] = {"version": 1, "teacher": plain(teacher), "dataset": dataset.content_hash}
     del settings["teacher"]["allow_pickle"]
     if teacher.source == "train":
         settings |= {"teach": {k: v for k, v in plain(teach).items() if k != "checkpoint_every"}, "threads": threads}
     elif not teacher.source.startswith("timm:"):
-        settings["teacher"]["source"] = sha256_of_file(find_weights(Path(teacher.source)))
+        source = Path(teacher.source)
+        settings["teacher"]["source"] = [
+            sha256_of_file(path) for path in (find_weights(source), source / "config.json")
+        ]
     return artifacts_dir / "teachers" / f"{name}-{content_hash(settings)}"

@@ -124,7 +124,7 @@ elif point == "half written":
 elif point == "before the link":
     storage.os.link = die
 elif point == "after the link":
-    storage._sync_folder = die
+    storage.sync_path = die
 elif point == "before the receipt":
     ledger.Ledger.write_receipt = die
 elif point == "half a receipt":

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from prism_ray import cli
+from prism_ray.config import LabelKind
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.inspection import open_existing
 from prism_ray.ledger import read_table
@@ -25,7 +27,8 @@ from prism_ray.runs import locate
 from prism_ray.stages.device import deterministic, teacher_of
 from prism_ray.stages.training import test_accuracy as held_out_accuracy
 from prism_ray.stages.views import ImageSet
-from prism_ray.work import RELABEL, SYNTHESIZE, RunSpec, open_dataset
+from prism_ray.stages.worker import Worker
+from prism_ray.work import RELABEL, SYNTHESIZE, RunSpec, UnitRef, open_dataset, student_inputs, teacher_folder
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +236,69 @@ def test_networks_that_cannot_work_are_refused_by_the_setting_that_asks_for_them
 
 def read_json_at(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "prism_ray.json").read_text())
+
+
+def test_no_result_outlives_the_images_it_was_made_from(
+    overrides: list[str], spec: RunSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(spec.run_dir, "images/train-00002-of-00004.parquet").unlink()
+    assert cli.main(["run", *overrides, "stages=[prepare]"]) == 0
+    capsys.readouterr()
+    assert cli.main(["status", *overrides]) == 0
+    status = capsys.readouterr().out
+    assert "in progress" in status
+    assert "synthesize  3/4" in status
+    assert "distill     0/2" in status
+    assert cli.main(["report", *overrides]) == 0
+    (summary,) = json.loads(Path(spec.run_dir, "report/summary.json").read_text())
+    assert summary["num_images"] == 15
+    assert summary["students"] == []
+    assert summary["cosine"]["mean"] is None
+    assert cli.main(["run", *overrides]) == 0
+    (summary,) = json.loads(Path(spec.run_dir, "report/summary.json").read_text())
+    assert (summary["num_images"], len(summary["students"])) == (20, 2)
+
+
+def test_labels_of_other_bytes_teach_no_student(spec: RunSpec) -> None:
+    ledger = spec.ledger()
+    before = ledger.receipt(RELABEL, "train-00000-of-00004")
+    assert before is not None
+    (key,) = before.inputs
+    ledger.write_receipt(replace(before, inputs={key: "0" * 64}))
+    try:
+        assert before.key not in student_inputs(ledger, LabelKind.soft)
+        assert key not in student_inputs(ledger, LabelKind.soft)
+        assert key in student_inputs(ledger, LabelKind.hard)
+    finally:
+        ledger.write_receipt(before)
+
+
+def test_a_unit_that_is_done_is_not_made_again(spec: RunSpec) -> None:
+    worker = Worker([spec], node="here", live_nodes=lambda: {"here"})
+    before = {path: path.stat().st_mtime_ns for path in Path(spec.run_dir, "receipts").rglob("*.json")}
+    chain = [UnitRef(0, SYNTHESIZE, 1), UnitRef(0, RELABEL, 1)]
+    assert [outcome.status for _, outcome in worker.process(chain)] == ["done", "done"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_stages_without_images_are_refused(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("distill", "evaluate", "report"):
+        assert cli.main(["run", *overrides, "seed=77", f"stages=[{stage}]"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{stage} needs images" in error
+
+
+def test_correcting_a_teachers_configuration_makes_another_artifact(spec: RunSpec, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(spec.teacher_dirs["vgg"], folder)
+    config = spec.config
+    teacher = replace(config.teachers.models["vgg"], source=str(folder))
+
+    def artifact() -> Path:
+        return teacher_folder("vgg", teacher, config.teach, spec.dataset(), tmp_path, 1)
+
+    before = artifact()
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"bilinear"', '"bicubic"'))
+    assert artifact() != before

@@ -223,6 +223,16 @@ def test_as_many_actors_start_as_the_cluster_holds_and_the_work_needs(
     assert fitting(None, todo=todo, cpus_each=cpus_each, gpus_each=0, cpus=cpus, gpus=0) == expected
 
 
+@pytest.mark.parametrize(
+    ("cpus_each", "gpus_each", "cpus", "gpus", "expected"),
+    [(1.0, 0.1, 4, 1, 4), (1.0, 1.0, 4, 8, 4), (0.1, 1.0, 1, 8, 8), (0.1, 0.25, 16, 2, 8)],
+)
+def test_gpu_pools_fit_both_cpus_and_gpus(
+    cpus_each: float, gpus_each: float, cpus: float, gpus: float, expected: int
+) -> None:
+    assert fitting(None, todo=20, cpus_each=cpus_each, gpus_each=gpus_each, cpus=cpus, gpus=gpus) == expected
+
+
 def ray_processes() -> list[psutil.Process]:
     """Ray daemons that are children of this test or orphaned by it."""
     names = [(process, process.info["name"]) for process in psutil.process_iter(["name"])]

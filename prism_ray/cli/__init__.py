@@ -109,8 +109,15 @@ def _verify(overrides: list[str]) -> ExitCode:
     if not problems:
         print(f"{inspection.describe(config)}: every object matches its receipt")
         return ExitCode.done
-    print(f"{inspection.describe(config)}: {len(problems)} damaged; the same `prism-ray run` makes them again")
-    return _run([o for o in overrides if not o.startswith("repair=")]) if config.repair else ExitCode.failure
+    mendable = [problem for problem in problems if problem.get("stage")]
+    print(
+        f"{inspection.describe(config)}: {len(problems)} damaged; `prism-ray run` with the same settings makes "
+        f"{len(mendable)} of them again"
+    )
+    if not (config.repair and mendable):
+        return ExitCode.failure
+    code = _run([o for o in overrides if not o.startswith("repair=")])
+    return code if len(mendable) == len(problems) else ExitCode.failure
 
 
 def _retry(overrides: list[str]) -> ExitCode:

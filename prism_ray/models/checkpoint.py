@@ -5,6 +5,9 @@ Random state is not part of it: order, crops and seeds of a step are derived fro
 
 import json
 import os
+import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from prism_ray.errors import InputError, one_line
 from prism_ray.storage import sync_path
 
 VERSION = 1
+ABANDONED_AFTER_S = 3600.0
 _METADATA = "prism_ray.checkpoint"  # a single entry: safetensors writes several in any order
 
 
 def save_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer, step: int, extra: dict[str, Any]) -> None:
     """Replace `path` by the state after `step` steps; a crash at any moment leaves the old file or the new one.
 
-    One process writes a given path: leftovers of killed writers beside it are removed.
+    Two runs may write the same path at once, both with the same content: each through a temporary file of its own.
 
     Args:
         extra: JSON-ready data, returned by `load_checkpoint`.
@@ -48,7 +52,7 @@ def save_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer, step
     # Copies, because safetensors refuses tensors that share memory, such as tied weights.
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         # Written here and not by safetensors, so that a full disk is the OSError that it is everywhere else.
         temporary.write_bytes(save(copies, metadata={_METADATA: json.dumps(metadata)}))
@@ -56,14 +60,23 @@ def save_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer, step
         os.replace(temporary, path)
         sync_path(path.parent)
     finally:
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-            leftover.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+        _remove_abandoned(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what killed writers left beside a checkpoint; another run may be writing the same one right now."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+                leftover.unlink()
 
 
 def load_checkpoint(path: Path, *, module: nn.Module, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
     """Restore `module` and `optimizer` in place; returns (step, extra) as they were saved.
 
     Raises:
+        FileNotFoundError: there is none.
         InputError: the file is damaged, of a newer version, or of another network or optimizer.
     """
     metadata, tensors = _read(path)
@@ -94,6 +107,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = json.loads((file.metadata() or {})[_METADATA])
             # Cloned out of the memory map, which must not outlive a file that the next save replaces.
             tensors = {key: torch.clone(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InputError(
             f"{path}: is no readable checkpoint ({one_line(error)}); delete it to start this training again"

@@ -34,7 +34,7 @@ COLUMNS: dict[str, str] = {
     "prompt": "what was prompted; null if nothing was",
     "source_image_id": "real image that this one is or started from; null if it started from noise",
     "primary_teacher": "teacher whose logits guided the image; null for real images",
-    "statistics_teachers": "teachers whose batch-norm statistics were matched, as last drawn",
+    "statistics_teachers": "teachers whose batch-norm statistics were matched, drawn at some iteration",
     "iterations": "optimization steps",
     "loss_ce": "cross-entropy of its batch at the last step, nats",
     "loss_bn": "statistics term of its batch at the last step, unweighted",

@@ -9,6 +9,8 @@ from prism_ray.config import Config
 from prism_ray.errors import InputError
 from prism_ray.report.contents import RunSummary, TeacherFacts
 
+COLUMNS = ("student.labels",)
+"""Settings that say which columns of a row are filled, and change nothing in them."""
 PROTOCOL = ("dataset", "teachers", "teach", "labels", "student", "evaluate", "compute")
 """Groups of settings that must be equal for a fair comparison; the others (method, images_per_class) are compared."""
 
@@ -59,7 +61,7 @@ def differences(summaries: Sequence[RunSummary]) -> list[Difference]:
     for key in keys:
         values = [config.get(key, "") for config in configs]
         if len(set(values)) > 1 and key != "recipe_name" and affects_output(key):
-            found.append(Difference(key, values, key.split(".")[0] in PROTOCOL))
+            found.append(Difference(key, values, key.split(".")[0] in PROTOCOL and key not in COLUMNS))
     return found
 
 

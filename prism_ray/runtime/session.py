@@ -78,9 +78,15 @@ def check_fits(compute: ComputeConfig, cpus: float, gpus: float, *, where: str) 
 
 
 def fitting(count: int | None, *, todo: int, cpus_each: float, gpus_each: float, cpus: float, gpus: float) -> int:
-    """How many actors to start: as set, or as many as the cluster holds (one per CPU at most), never more than work."""
+    """How many actors to start: as set, or as many as the cluster holds, never more than there is work.
+
+    Without GPUs at most one per CPU, however small its share; with GPUs as many as both GPUs and CPUs hold.
+    """
     if count is None:
-        count = int(gpus / gpus_each) if gpus_each > 0 else int(cpus / max(cpus_each, 1.0))
+        slack = 1e-9  # 1 / 0.1 must count as 10
+        count = int(cpus / (cpus_each if gpus_each > 0 else max(cpus_each, 1.0)) + slack)
+        if gpus_each > 0:
+            count = min(count, int(gpus / gpus_each + slack))
     return max(1, min(count, todo))
 
 

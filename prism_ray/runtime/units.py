@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from prism_ray.config import ComputeConfig
@@ -55,6 +56,11 @@ def run_units(
         for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
             for ref, outcome in json.loads(str(batch["outcomes"][0])):
                 yield UnitRef(**ref), Outcome(**outcome)
+    except ExecutionTimeoutError as error:
+        raise PrismError(
+            f"no unit was finished within compute.unit_timeout_s={compute.unit_timeout_s:g}; raise it if units take "
+            "longer, look for a hanging actor if they do not, and run the same command to continue"
+        ) from error
     except RayError as error:
         raise PrismError(f"Ray ended the run: {one_line(error)[:300]}; run the same command to continue") from error
 

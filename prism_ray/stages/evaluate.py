@@ -29,7 +29,7 @@ def measure_diversity(item: DiversityItem) -> None:
     inputs = student_inputs(ledger, LabelKind.hard)
     if item.is_done:
         return
-    device = pick_device(config.compute.gpus_per_actor)
+    device = pick_device(config.compute.gpus_per_train_worker)
     name = config.evaluate.feature_model or config.teachers.primary
     tables = [read_table(ledger.store, key) for key in sorted(inputs)]
     pixels = np.concatenate([decode_images(table) for table in tables])

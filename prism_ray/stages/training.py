@@ -73,10 +73,11 @@ def fit(
 
 def _resume(path: Path, classifier: Classifier, optimizer: torch.optim.Optimizer, identity: str) -> int:
     """Steps already taken: restored from a checkpoint of the same training, else 0 and nothing changed."""
-    if not path.exists():
-        return 0
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    step, extra = load_checkpoint(path, module=classifier, optimizer=optimizer)
+    try:
+        step, extra = load_checkpoint(path, module=classifier, optimizer=optimizer)
+    except FileNotFoundError:
+        return 0
     if extra.get("identity") == identity:
         return step
     classifier.load_state_dict(before)
