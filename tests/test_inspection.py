@@ -62,7 +62,7 @@ def test_damage_is_found_by_verify_and_repaired_by_run_to_the_same_bytes(
     assert looked.err == ""
     named = [line.split(": ")[0] for line in looked.out.splitlines()[:-1]]
     assert set(named) == set(found or [key])
-    assert "the same `prism-ray run` makes them again" in looked.out
+    assert f"`prism-ray run` with the same settings makes {len(named)} of them again" in looked.out
     assert prism("run").code == 0
     assert products(run_dir) == before
     again = prism("verify")
@@ -233,3 +233,12 @@ def test_a_student_with_soft_labels_is_bound_to_images_and_labels_and_one_withou
     for name, expected in (("soft-seed0", shards), ("hard-seed0", images)):
         receipt = json.loads((run_dir / f"receipts/distill/{name}.json").read_text())
         assert receipt["inputs"] == expected
+
+
+def test_damage_that_run_cannot_mend_stays_a_failure(prism: Command, storage: Path) -> None:
+    (shard,) = storage.glob("artifacts/datasets/*/train-00000.parquet")
+    flip(shard)
+    looked = prism("verify", "repair=true")
+    assert looked.code == 1
+    assert "differs from what was prepared; delete the folder" in looked.out
+    assert "1 damaged; `prism-ray run` with the same settings makes 0 of them again" in looked.out

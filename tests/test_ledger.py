@@ -275,10 +275,21 @@ def test_a_full_disk_stops_the_run_instead_of_blaming_the_unit(ledger: Ledger, m
 
 
 def test_nondeterminism_stops_the_run(ledger: Ledger) -> None:
-    ledger.publish(TABLE, receipt(), epoch=1)
-    outcome = run_unit(ledger, receipt(), lambda: (OTHER, receipt()), attempt())
+    def beaten_by_another_worker() -> tuple[pa.Table, Receipt]:
+        ledger.publish(TABLE, receipt(), epoch=1)
+        return OTHER, receipt()
+
+    outcome = run_unit(ledger, receipt(), beaten_by_another_worker, attempt())
     assert outcome.status == "aborted"
     assert "gave other bytes" in outcome.reason
+
+
+def test_a_unit_that_is_committed_is_not_computed_again(ledger: Ledger) -> None:
+    ledger.publish(TABLE, receipt(), epoch=1)
+    ledger.start_attempt("synthesize", receipt().name, epoch=1, node="dead")
+    outcome = run_unit(ledger, receipt(), Failing(AssertionError("computed")), attempt())
+    assert (outcome.status, outcome.images) == ("done", TABLE.num_rows)
+    assert ledger.failed_attempts("synthesize", receipt().name, epoch=1, live_nodes={"dead"}) == []
 
 
 def test_out_of_memory_names_the_setting_to_change(ledger: Ledger) -> None:

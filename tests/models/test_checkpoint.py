@@ -1,4 +1,5 @@
 import os
+import time
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from prism_ray.errors import InputError
 from prism_ray.methods.distillation import parameter_groups
 from prism_ray.models import checkpoint
-from prism_ray.models.checkpoint import load_checkpoint, save_checkpoint
+from prism_ray.models.checkpoint import ABANDONED_AFTER_S, load_checkpoint, save_checkpoint
 
 
 def training(seed=0, optimizer="adamw"):
@@ -105,12 +106,15 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monk
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_leftovers_of_killed_writers_are_removed_and_neighbours_kept(tmp_path):
-    for name in (".c.123.tmp", ".d.123.tmp", "c.bak"):
+def test_leftovers_of_killed_writers_are_removed_and_neighbours_and_live_writers_kept(tmp_path):
+    long_ago = time.time() - 2 * ABANDONED_AFTER_S
+    for name in (".c.123.tmp", ".c.live.tmp", ".d.123.tmp", "c.bak"):
         (tmp_path / name).write_bytes(b"partial")
+        if "live" not in name:
+            os.utime(tmp_path / name, (long_ago, long_ago))
     module, optimizer = training()
     save_checkpoint(tmp_path / "c", module=module, optimizer=optimizer, step=1, extra={})
-    assert sorted(os.listdir(tmp_path)) == [".d.123.tmp", "c", "c.bak"]
+    assert sorted(os.listdir(tmp_path)) == [".c.live.tmp", ".d.123.tmp", "c", "c.bak"]
 
 
 def test_a_checkpoint_can_be_replaced_while_its_tensors_are_in_use(tmp_path):
