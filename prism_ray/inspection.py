@@ -21,7 +21,7 @@ from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights
-from prism_ray.work import RELABEL, SYNTHESIZE, teacher_folder
+from prism_ray.work import RELABEL, SYNTHESIZE
 
 
 def describe(config: Config) -> str:
@@ -87,11 +87,10 @@ def _teacher_flops(config: Config, dataset: PreparedDataset | None) -> dict[str,
     if dataset is None:
         return {}
     found = {}
-    artifacts = open_store(config.storage).path("artifacts")
+    run = locate(config.method.name, config)
+    run.dataset = dataset
     for name in used_teachers(config):
-        teacher = config.teachers.models[name]
-        folder = teacher_folder(name, teacher, config.teach, dataset, artifacts, config.compute.threads)
-        facts = read_json(open_store(str(folder)), "prism_ray.json")
+        facts = read_json(open_store(str(run.teacher_folder(name))), "prism_ray.json")
         if facts is not None:
             found[name] = float(facts["forward_flops"])
     return found
@@ -129,10 +128,7 @@ def open_existing(config: Config) -> Run:
     run.dataset = find_prepared(config.dataset, run.artifacts_dir)
     if run.dataset is None:
         raise InputError(f"{describe(config)}: its data set is not prepared; start the run first")
-    for name in used_teachers(config):
-        teacher = config.teachers.models[name]
-        folder = teacher_folder(name, teacher, config.teach, run.dataset, run.artifacts_dir, config.compute.threads)
-        run.teacher_dirs[name] = str(folder)
+    run.teacher_dirs = {name: str(run.teacher_folder(name)) for name in used_teachers(config)}
     return run
 
 

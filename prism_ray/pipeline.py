@@ -35,7 +35,6 @@ from prism_ray.work import (
     RunSpec,
     TeacherItem,
     UnitRef,
-    teacher_folder,
 )
 
 POLL_S = 1.0
@@ -156,7 +155,7 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
     if teacher.source != "train" and not teacher.source.startswith("timm:"):
         # Workers of a cluster that was joined have another working directory.
         teacher = replace(teacher, source=str(Path(teacher.source).absolute()))
-    folder = teacher_folder(name, teacher, config.teach, dataset, each.artifacts_dir, compute.threads)
+    folder = each.teacher_folder(name)
     with storage_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
     gpus = compute.gpus_per_train_worker

@@ -19,7 +19,16 @@ from prism_ray.lock import RunLock
 from prism_ray.plan import Unit
 from prism_ray.storage import TEMPORARY, LocalStore, check_writable, open_store, read_json, sha256_of_file, to_json
 from prism_ray.weights import find_weights
-from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, RunSpec, StudentItem, image_receipt, label_receipt
+from prism_ray.work import (
+    DISTILL,
+    RELABEL,
+    SYNTHESIZE,
+    RunSpec,
+    StudentItem,
+    image_receipt,
+    label_receipt,
+    teacher_folder,
+)
 
 PINS = "pins.json"
 TEACHER_PIN = "sha256 of teacher "
@@ -75,10 +84,10 @@ class Run:
 
     def open_units(self, stage: str) -> list[Unit]:
         """Units of a stage to make now: neither done nor quarantined, and with the images they need."""
-        done = {unit.name for unit in self.done_units(stage)}
-        given_up = {entry["name"] for entry in self.ledger.quarantined() if entry["stage"] == stage}
-        missing = {unit.name for unit in self.units} - {u.name for u in self.done_units(SYNTHESIZE)}
-        skipped = done | given_up | (missing if stage == RELABEL else set())
+        skipped = {unit.name for unit in self.done_units(stage)}
+        skipped |= {entry["name"] for entry in self.ledger.quarantined() if entry["stage"] == stage}
+        if stage == RELABEL:
+            skipped |= {unit.name for unit in self.units} - {unit.name for unit in self.done_units(SYNTHESIZE)}
         return [unit for unit in self.units if unit.name not in skipped]
 
     def needs_labels(self) -> bool:
@@ -108,7 +117,14 @@ class Run:
         if self.ledger.manifest() != content:
             self.ledger.write_manifest(content)
 
-    # Pins
+    # Teachers and pins
+
+    def teacher_folder(self, name: str) -> Path:
+        """Where the artifact of one of the run's teachers belongs."""
+        assert self.dataset is not None, "prepare comes first"
+        config = self.config
+        teacher, threads = config.teachers.models[name], config.compute.threads
+        return teacher_folder(name, teacher, config.teach, self.dataset, self.artifacts_dir, threads)
 
     def pin(self, key: str, value: Any) -> None:
         """Remember what the run is made from when it first uses it; refuse anything else later.

@@ -211,10 +211,7 @@ def read_json(store: Store, key: str) -> Any | None:
 
 def publish_folder(built: Path, final: Path) -> bool:
     """Rename a finished folder to its content-addressed name; False if another process was first."""
-    for path in built.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    sync_files(built)
     try:
         os.rename(built, final)
     except OSError as error:
@@ -235,6 +232,13 @@ def _link_new(source: Path, target: Path) -> None:
         # No hard links here (exFAT, some FUSE mounts): an exclusive empty file claims the name, the rename fills it.
         os.close(os.open(target, os.O_CREAT | os.O_EXCL))
         os.replace(source, target)
+
+
+def sync_files(folder: Path) -> None:
+    """Make the content of every file in a folder survive a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_path(path)
 
 
 def sync_path(path: Path) -> None:

@@ -1,6 +1,7 @@
 """From a run folder to the reports on it; all is read back from disk, so a report can be made again at any time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from prism_ray.report.contents import (
     TeacherFacts,
     UnitLosses,
 )
-from prism_ray.runs import PINS, Run, versions
+from prism_ray.runs import PINS, TEACHER_PIN, Run, versions
 from prism_ray.storage import open_store, read_json, to_json
 from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem
 
@@ -49,7 +50,7 @@ def check_teachers(run: Run) -> None:
             )
 
 
-def summarize(run: Run, label: str | None = None) -> RunSummary:
+def summarize(run: Run) -> RunSummary:
     """All a report says about one run."""
     config, dataset = run.config, run.dataset
     assert dataset is not None
@@ -61,7 +62,7 @@ def summarize(run: Run, label: str | None = None) -> RunSummary:
     per_slice = {unit.slice_index: unit.iterations for unit in run.units}
     return RunSummary(
         run_id=run.name,
-        label=label or run.label,
+        label=run.label,
         method=config.method.name,
         recipe=config.recipe_name,
         dataset=DatasetFacts(
@@ -122,7 +123,7 @@ def _teachers(run: Run) -> list[TeacherFacts]:
                 num_params=facts["num_params"],
                 num_bn_layers=facts["num_bn_layers"],
                 roles=[role for role, names in roles.items() if name in names],
-                sha256=pins.get(f"sha256 of teacher {name}", ""),
+                sha256=pins.get(f"{TEACHER_PIN}{name}", ""),
             )
         )
     return found
@@ -166,7 +167,7 @@ def write_reports(runs: Sequence[Run], *, title: str, command: str, suite: str |
     for run, summary in zip(runs, summaries, strict=True):
         known = read_json(run.store, "report/summary.json")
         if always or known != [summary.to_dict()] or run.store.size("report/report.html") is None:
-            own = summarize(run, label=run.config.method.name)
+            own = replace(summary, label=run.config.method.name)
             write_report([own], run.store.path("report/report.html"), title=run.name, command=command)
             write_card(own, run.store.path("README.md"))
             run.store.put("report/summary.json", to_json([summary.to_dict()]))
@@ -195,7 +196,7 @@ def closing_text(runs: Sequence[Run], report: Path | None, quarantined: Sequence
     shown = (optimized or list(runs))[-1]
     if report is not None:
         lines.append(f"look at the report:  {report.as_uri()}")
-    if run_has_images(shown):
+    if shown.ledger.receipts(SYNTHESIZE):
         files = shown.store.path("images") / "*.parquet"
         lines.append(f"load the images:     datasets.load_dataset('parquet', data_files='{files}')")
     student = _student_folder(shown)
@@ -205,11 +206,6 @@ def closing_text(runs: Sequence[Run], report: Path | None, quarantined: Sequence
             f"timm.create_model('local-dir:{shown.store.path(student)}', pretrained=True)"
         )
     return "\n".join(lines)
-
-
-def run_has_images(run: Run) -> bool:
-    """Whether any image shard is published."""
-    return bool(run.ledger.receipts(SYNTHESIZE))
 
 
 def results_table(summaries: Sequence[RunSummary]) -> list[str]:

@@ -73,11 +73,6 @@ class TeacherItem:
     gpus: float
 
     @property
-    def scratch_dir(self) -> Path:
-        """A folder that every worker of the item can reach."""
-        return Path(self.folder).parent
-
-    @property
     def is_done(self) -> bool:
         return (Path(self.folder) / "prism_ray.json").is_file()
 
@@ -95,11 +90,6 @@ class StudentItem:
         return f"{self.labels.name}-seed{self.seed}"
 
     @property
-    def scratch_dir(self) -> Path:
-        """A folder that every worker of the item can reach."""
-        return Path(self.spec.run_dir)
-
-    @property
     def is_done(self) -> bool:
         ledger = self.spec.ledger()
         return ledger.is_done(ledger.receipt(DISTILL, self.name), student_inputs(ledger, self.labels))
@@ -113,17 +103,17 @@ class DiversityItem:
     name: ClassVar[str] = "diversity"
 
     @property
-    def scratch_dir(self) -> Path:
-        """A folder that every worker of the item can reach."""
-        return Path(self.spec.run_dir)
-
-    @property
     def is_done(self) -> bool:
         ledger = self.spec.ledger()
         return (read_json(ledger.store, DIVERSITY) or {}).get("inputs") == student_inputs(ledger, LabelKind.hard)
 
 
 Item = TeacherItem | StudentItem | DiversityItem
+
+
+def scratch_dir(item: Item) -> Path:
+    """A folder that every worker of an item can reach."""
+    return Path(item.folder).parent if isinstance(item, TeacherItem) else Path(item.spec.run_dir)
 
 
 def image_receipt(unit: Unit) -> Receipt:

@@ -8,7 +8,6 @@ The hash covers the settings that affect the pixels and a fingerprint of the sou
 its place and renamed into it, so it is complete or absent, and preparing it twice at once is harmless.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from prism_ray.data.records import SPLITS, RealImage, RealSource, Split
 from prism_ray.data.shards import ShardFile, SplitSummary, write_split
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line
+from prism_ray.storage import sha256_of_file
 
 SUMMARY = "dataset.json"
 
@@ -182,7 +182,11 @@ class PreparedDataset:
 
     def verify(self) -> list[str]:
         """Names of the files whose bytes are not those that were written; empty if all is well."""
-        return [file.name for file in self.files if _sha256(self.folder / file.name) != file.sha256]
+        return [file.name for file in self.files if not self._is_whole(file)]
+
+    def _is_whole(self, file: ShardFile) -> bool:
+        path = self.folder / file.name
+        return path.is_file() and sha256_of_file(path) == file.sha256
 
     def _column(self, split: Split, name: str) -> pa.ChunkedArray:
         return pa.chunked_array([chunk for path in self.paths(split) for chunk in _read_column(path, name).chunks])
@@ -284,10 +288,3 @@ def _json_lines(content: dict[str, Any]) -> bytes:
 def _read_column(path: Path, name: str) -> pa.ChunkedArray:
     with pq.ParquetFile(path) as file:
         return file.read(columns=[name]).column(name)
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from prism_ray.config import ComputeConfig
 from prism_ray.errors import ExitCode, InputError, PrismError, one_line
 from prism_ray.runtime.session import fitting
 from prism_ray.stages.item_worker import ItemWorker
-from prism_ray.work import Item
+from prism_ray.work import Item, scratch_dir
 
 MAX_FAILURES = 3
 """Restarts of a training group; each continues from the checkpoints, so a restart costs little."""
@@ -64,7 +64,7 @@ def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
 @contextlib.contextmanager
 def _shared_folder(item: Item) -> Iterator[Path]:
     """A folder that driver and workers reach while they train; beside what the items make."""
-    folder = item.scratch_dir / f".train-{uuid.uuid4().hex}"
+    folder = scratch_dir(item) / f".train-{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -4,7 +4,7 @@ from prism_ray.stages.distill import Distiller
 from prism_ray.stages.evaluate import measure_diversity
 from prism_ray.stages.teach import make_teacher
 from prism_ray.storage import storage_errors
-from prism_ray.work import Item, StudentItem, TeacherItem
+from prism_ray.work import Item, StudentItem, TeacherItem, scratch_dir
 
 
 class ItemWorker:
@@ -15,7 +15,7 @@ class ItemWorker:
 
     def process(self, item: Item) -> None:
         """Do one item and publish its result; a full disk is one line."""
-        with storage_errors(item.scratch_dir):
+        with storage_errors(scratch_dir(item)):
             if isinstance(item, TeacherItem):
                 make_teacher(item)
             elif isinstance(item, StudentItem):

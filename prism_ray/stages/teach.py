@@ -5,9 +5,7 @@ same settings uses the same one. It appears whole or not at all.
 """
 
 import math
-import shutil
 import time
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.data.publish import published_folder
 from prism_ray.errors import InputError, within
 from prism_ray.methods.distillation import batch_of_step, hard_loss
 from prism_ray.methods.inversion.objective import num_bn_layers
@@ -24,7 +23,7 @@ from prism_ray.models.classifier import Classifier, build_classifier, load_class
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device
 from prism_ray.stages.training import fit, num_parameters, test_accuracy
-from prism_ray.storage import publish_folder, storage_errors
+from prism_ray.storage import storage_errors, sync_files, sync_path
 from prism_ray.work import TeacherItem
 
 WARM_UP = 0.2
@@ -58,12 +57,10 @@ def make_teacher(item: TeacherItem) -> None:
     }
     folder = Path(item.folder)
     with storage_errors(folder):
-        built = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        try:
+        with published_folder(folder, marker="prism_ray.json") as built:
             save_classifier(classifier, built, class_names=dataset.class_names, extra=facts)
-            publish_folder(built, folder)
-        finally:
-            shutil.rmtree(built, ignore_errors=True)
+            sync_files(built)
+        sync_path(folder.parent)
         checkpoint_of(item).unlink(missing_ok=True)
 
 
