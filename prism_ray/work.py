@@ -4,21 +4,36 @@ Everything here is light: the driver plans and counts with it without importing 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prism_ray.config import Config, LabelKind, TeachConfig, TeacherConfig, content_hash, plain
+from prism_ray.config import (
+    Config,
+    Init,
+    LabelKind,
+    Selection,
+    TeachConfig,
+    TeacherConfig,
+    content_hash,
+    plain,
+)
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.errors import PrismError
+from prism_ray.data.records import class_ids_of
+from prism_ray.errors import InputError, PrismError
 from prism_ray.ledger import Ledger, Receipt
-from prism_ray.plan import Unit, plan_units
+from prism_ray.plan import Unit, needs_starts, plan_units, reserved_images, selecting
 from prism_ray.storage import open_store, read_json, sha256_of_file
-from prism_ray.weights import find_weights
+from prism_ray.weights import find_weights, is_folder
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
 DIVERSITY = "metrics/diversity.json"
+DIVERSITY_VERSION = 2
+"""Raised when it holds other measures, so that old ones are made again."""
+MARKER = "prism_ray.json"
+"""File that tells a complete artifact folder, with what is known of its content."""
+STATISTICS_FILE, STARTS_FILE = "statistics.safetensors", "starts.parquet"
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,10 @@ class RunSpec:
     epoch: int
     dataset_dir: str
     teacher_dirs: dict[str, str]
+    statistics_dirs: dict[str, str] = field(default_factory=dict)
+    """By teacher, where its statistics were measured; empty where batch norm carries all that are matched."""
+    starts_dir: str | None = None
+    """Where teachers' choice of real images and crops is, if images start from one."""
 
     def ledger(self) -> Ledger:
         return Ledger(open_store(self.run_dir))
@@ -39,7 +58,12 @@ class RunSpec:
 
     def units(self) -> list[Unit]:
         """The plan; the same wherever it is computed."""
-        return plan_units(self.config, [rows.tolist() for rows in self.dataset().rows_by_class("train")])
+        rows_by_class = [rows.tolist() for rows in self.dataset().rows_by_class("train")]
+        return plan_units(self.config, rows_by_class, self.class_ids())
+
+    def class_ids(self) -> list[int]:
+        """The classes that images are made of, ascending."""
+        return class_ids_of(self.config.classes, self.dataset().class_names)
 
 
 @lru_cache(maxsize=4)
@@ -75,7 +99,83 @@ class TeacherItem:
 
     @property
     def is_done(self) -> bool:
-        return (Path(self.folder) / "prism_ray.json").is_file()
+        return (Path(self.folder) / MARKER).is_file()
+
+
+@dataclass(frozen=True)
+class StatisticsSettings:
+    """All that decides the statistics of a teacher's layers on the real images, and so names their folder."""
+
+    teacher: str  # sha256 of its weights and of its description
+    dataset: str  # content hash
+    conv: bool  # of convolutions too
+    patch_size: int | None  # patches along a side; None without convolutions
+    class_wise: bool
+    crop_area_min: float
+    flip_probability: float
+    threads: int
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class StatisticsItem:
+    """One pass of the real training images through a teacher; `folder` is where its artifact belongs."""
+
+    name: str
+    teacher_dir: str
+    dataset_dir: str
+    settings: StatisticsSettings
+    folder: str
+    gpus: float
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.folder) / MARKER).is_file()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which real images and crops are looked at, where not all are; see `config.MethodConfig`."""
+
+    candidates: int
+    seed: int  # of the run
+    tiles: int = 1
+    crops: int = 0
+
+
+@dataclass(frozen=True)
+class StartsSettings:
+    """All that decides which real images and crops synthetic images start from, and so names their folder."""
+
+    kind: str  # "mosaic", or a selection of whole images
+    judges: tuple[str, ...]  # of each, sha256 of its weights and of its description
+    dataset: str  # content hash
+    class_ids: tuple[int, ...]
+    images_per_class: int
+    reserved: int  # last real images of each class, which none may start from
+    mosaic: Drawing | None
+    regression: Drawing | None
+    threads: int
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class StartsItem:
+    """Teachers' choice of the real images and crops to start from; `folder` is where its artifact belongs."""
+
+    judge_dirs: tuple[str, ...]
+    dataset_dir: str
+    settings: StartsSettings
+    folder: str
+    gpus: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings.kind} starts"
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.folder) / MARKER).is_file()
 
 
 @dataclass(frozen=True)
@@ -142,7 +242,7 @@ def chosen_lr(spec: RunSpec, kind: LabelKind) -> float:
 
 @dataclass(frozen=True)
 class DiversityItem:
-    """The measurement of how alike a run's images are."""
+    """The measurement of how alike a run's images are, and of what judges make of them."""
 
     spec: RunSpec
     name: ClassVar[str] = "diversity"
@@ -150,15 +250,18 @@ class DiversityItem:
     @property
     def is_done(self) -> bool:
         ledger = self.spec.ledger()
-        return (read_json(ledger.store, DIVERSITY) or {}).get("inputs") == student_inputs(ledger, LabelKind.hard)
+        found = read_json(ledger.store, DIVERSITY) or {}
+        inputs = student_inputs(ledger, LabelKind.hard)
+        return (found.get("version"), found.get("inputs")) == (DIVERSITY_VERSION, inputs)
 
 
-Item = TeacherItem | StudentItem | SearchItem | DiversityItem
+ArtifactItem = TeacherItem | StatisticsItem | StartsItem
+Item = ArtifactItem | StudentItem | SearchItem | DiversityItem
 
 
 def scratch_dir(item: Item) -> Path:
     """A folder that every worker of an item can reach."""
-    return Path(item.folder).parent if isinstance(item, TeacherItem) else Path(item.spec.run_dir)
+    return Path(item.folder).parent if isinstance(item, ArtifactItem) else Path(item.spec.run_dir)
 
 
 def image_receipt(unit: Unit) -> Receipt:
@@ -198,14 +301,104 @@ def teacher_folder(
     name: str, teacher: TeacherConfig, teach: TeachConfig, dataset: PreparedDataset, artifacts_dir: Path, threads: int
 ) -> Path:
     """Where the artifact of these settings belongs. A folder from elsewhere counts by the digests of its files."""
-    settings: dict[str, Any] = {"version": 1, "teacher": plain(teacher), "dataset": dataset.content_hash}
+    settings: dict[str, Any] = {"version": 2, "teacher": plain(teacher), "dataset": dataset.content_hash}
     for key in ("allow_pickle", "licence"):
         del settings["teacher"][key]
     if teacher.source == "train":
         settings |= {"teach": {k: v for k, v in plain(teach).items() if k != "checkpoint_every"}, "threads": threads}
-    elif not teacher.source.startswith("timm:"):
+    elif is_folder(teacher.source):
         source = Path(teacher.source)
-        settings["teacher"]["source"] = [
-            sha256_of_file(path) for path in (find_weights(source), source / "config.json")
-        ]
+        settings["teacher"]["source"] = _digests(source)
     return artifacts_dir / "teachers" / f"{name}-{content_hash(settings)}"
+
+
+def statistics_item(spec: RunSpec, name: str, artifacts_dir: Path) -> StatisticsItem:
+    """The pass over the real images that measures what a run matches of one of its teachers."""
+    method, compute, dataset = spec.config.method, spec.config.compute, spec.dataset()
+    settings = StatisticsSettings(
+        teacher=content_hash(_digests(Path(spec.teacher_dirs[name]))),
+        dataset=dataset.content_hash,
+        conv=method.conv_statistics,
+        patch_size=method.patch_size if method.conv_statistics else None,
+        class_wise=method.class_share > 0,
+        crop_area_min=method.crop_area_min,
+        flip_probability=method.flip_probability,
+        threads=compute.threads,
+    )
+    folder = artifacts_dir / "statistics" / f"{name}-{content_hash(plain(settings))}"
+    gpus = compute.gpus_per_train_worker
+    return StatisticsItem(name, spec.teacher_dirs[name], spec.dataset_dir, settings, str(folder), gpus)
+
+
+def starts_item(spec: RunSpec, artifacts_dir: Path) -> StartsItem:
+    """The pass over the real images that chooses what a run's images start from."""
+    config, method = spec.config, spec.config.method
+    assert config.images_per_class is not None, "refused by validation"
+    judge_dirs = tuple(spec.teacher_dirs[name] for name in selecting(config))
+    is_mosaic = method.init is Init.mosaic
+    is_regression = not is_mosaic and method.selection is Selection.regression
+    mosaic = Drawing(method.candidates, config.seed, tiles=method.mosaic_tiles, crops=method.mosaic_crops)
+    settings = StartsSettings(
+        kind="mosaic" if is_mosaic else method.selection.name,
+        judges=tuple(content_hash(_digests(Path(folder))) for folder in judge_dirs),
+        dataset=spec.dataset().content_hash,
+        class_ids=tuple(spec.class_ids()),
+        images_per_class=config.images_per_class,
+        reserved=reserved_images(config),
+        mosaic=mosaic if is_mosaic else None,
+        regression=Drawing(method.candidates, config.seed) if is_regression else None,
+        threads=config.compute.threads,
+    )
+    folder = artifacts_dir / "starts" / f"{settings.kind}-{content_hash(plain(settings))}"
+    return StartsItem(judge_dirs, spec.dataset_dir, settings, str(folder), config.compute.gpus_per_train_worker)
+
+
+def started_from(spec: RunSpec) -> Ledger:
+    """The run of the same storage whose images this one starts from, see `method.init_run`."""
+    return Ledger(open_store(str(Path(spec.run_dir).parent / str(spec.config.method.init_run))))
+
+
+def check_starts(spec: RunSpec) -> None:
+    """Refuse to start from more images than there are, before anything is trained.
+
+    Raises:
+        InputError: names the class and the numbers, or the run that has no images.
+    """
+    config, method = spec.config, spec.config.method
+    if method.init is Init.generated:
+        found = sum(receipt.rows for receipt in started_from(spec).receipts(SYNTHESIZE).values())
+        wanted = len(spec.class_ids()) * (config.images_per_class or 0)
+        if found < wanted:
+            raise InputError(
+                f"method.init_run={method.init_run}: has {found} images, of which {wanted} are to start; "
+                f"name a run in {Path(spec.run_dir).parent} with as many, or lower images_per_class"
+            )
+    if not needs_starts(config):
+        return
+    assert config.images_per_class is not None, "refused by validation"
+    is_mosaic = method.init is Init.mosaic
+    needed = config.images_per_class * (method.mosaic_tiles**2 if is_mosaic else 1)
+    for class_id in spec.class_ids():
+        available = max(0, spec.dataset().counts["train"][class_id] - reserved_images(config))
+        looked_at = min(available, method.candidates)
+        if is_mosaic and looked_at < needed:
+            raise InputError(
+                f"images_per_class={config.images_per_class}: takes crops of {needed} real training images of class "
+                f"{class_id}, of which there are {available} and {looked_at} are looked at; lower it or "
+                "method.mosaic_tiles, or raise method.candidates"
+            )
+        if available < needed:
+            raise InputError(
+                f"images_per_class={config.images_per_class}: class {class_id} has only {available} real training "
+                "images; lower it or start from noise (method.init=noise)"
+            )
+        if method.selection is Selection.regression and looked_at < needed:
+            raise InputError(
+                f"images_per_class={config.images_per_class}: more than the method.candidates={method.candidates} real "
+                "images of a class that are looked at; lower it, or raise method.candidates"
+            )
+
+
+def _digests(folder: Path) -> list[str]:
+    """sha256 of a classifier's weights and of its description, which holds its preprocessing."""
+    return [sha256_of_file(path) for path in (find_weights(folder), folder / "config.json")]

@@ -82,12 +82,25 @@ SETTINGS: list[tuple[str, list[str], list[str]]] = [
     ),
     ("16 teacher twice in the pool", ["teachers.pool=[vgg,vgg]"], ["teachers.pool", "none of them twice"]),
     ("16 pool without its primary", ["teachers.pool=[convnet]"], ["teachers.pool", "'vgg'"]),
-    ("17 more slots than teachers", ["method.statistics_slots=2"], ["method.statistics_slots=2", "auxiliary"]),
+    (
+        "17 more slots than teachers",
+        ["method=prism_released", "method.statistics_slots=2"],
+        ["method.statistics_slots=2", "auxiliary"],
+    ),
     ("18 probability", ["method.statistics_probability=1.5"], ["method.statistics_probability=1.5", "0 to 1"]),
     ("18 betas", ["method.adam_betas=[0.9,1]"], ["method.adam_betas", "two numbers"]),
     ("20 padding beyond the image", ["dataset.pad=8"], ["dataset.pad=8", "image_size=16"]),
     ("20 channels", ["dataset.channels=2"], ["dataset.channels=2", "1 (gray) or 3 (RGB)"]),
-    ("27 more images than a class has", ["images_per_class=200"], ["images_per_class=200", "only 142 real"]),
+    ("14 unknown class", ["classes=[eleven]"], ["classes", "'eleven'"]),
+    ("14 class twice", ["classes=['1','1']"], ["classes", "twice"]),
+    ("14 unknown judge", ["evaluate.judges=[nobody]"], ["evaluate.judges", "'nobody'"]),
+    ("5 unknown role", ["method.statistics_role=primary"], ["method.statistics_role=primary", "fixed"]),
+    ("5 unknown plan of batches", ["method.batch_plan=classwise"], ["batch_plan=classwise", "class_major"]),
+    (
+        "12 rounds of batches with one image of a class",
+        ["method=prism_released", "method.rounds=2"],
+        ["method.rounds=2", "method.batch_plan=class_major"],
+    ),
     ("32 unknown scheme of storage", ["storage=ftp://host/x"], ["storage='ftp://host/x'", "file://"]),
     ("32 unknown scheme of data", ["dataset=image_folder", "dataset.path=foo://x"], ["dataset.path='foo://x'"]),
     ("35 run outside the storage", ["run_id=../x"], ["run_id=../x", "letters"]),
@@ -163,16 +176,31 @@ SETTINGS: list[tuple[str, list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("overrides", "words"), [case[1:] for case in SETTINGS], ids=[case[0] for case in SETTINGS])
 def test_a_wrong_setting_is_refused(
-    prism: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: list[str]
+    prism: Command, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     started = time.monotonic()
     result = prism("run", *overrides)
     assert time.monotonic() - started < 5
-    if overrides == ["images_per_class=200"]:
-        result = Result(result.code, "", result.err)  # known once the data is prepared, before teachers are trained
-        assert not list((tmp_path / "outputs/artifacts").glob("teachers/*"))
     assert_refused(result, *words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["images_per_class=200", "method=prism_released"], ["images_per_class=200", "only 142 real"]),
+        (["images_per_class=200", "method.init=real", "method.selection=herding"], ["only 142 real"]),
+        (["images_per_class=50", "method=real_kth", "evaluate.split=validation"], ["only 42 real"]),
+        (["images_per_class=20", "method=rded", "method.candidates=50"], ["crops of 80 real", "method.candidates"]),
+    ],
+    ids=["first", "selected", "beside those to measure on", "crops"],
+)
+def test_more_images_than_a_class_has_are_refused_before_teachers_are_trained(
+    prism: Command, tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    result = prism("run", *overrides)  # known once the data is prepared
+    assert not list((tmp_path / "outputs/artifacts").glob("teachers/*"))
+    assert_refused(Result(result.code, "", result.err), *words)
 
 
 # Recipe and suite files

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
+import prism_ray
 from prism_ray.cli import compose, compose_suite
 from prism_ray.config import (
     Config,
@@ -24,10 +26,10 @@ from prism_ray.config import (
 from prism_ray.errors import InputError
 from prism_ray.validation import check_config
 
-SMOKE = compose(["recipe=digits_smoke", "method=prism", "compute=inline"])
+SMOKE = compose(["recipe=digits_smoke", "method=prism_released", "compute=inline"])
 LEAVES = {key: metadata for key, _, metadata in walk(SMOKE)}
 RECIPES = ["digits", "digits_smoke"]
-METHODS = ["prism", "sre2l", "random_real"]
+METHODS = sorted(path.stem for path in Path(prism_ray.__file__).parent.glob("conf/method/*.yaml"))
 
 
 def schema_classes(kind: Any = Config) -> list[Any]:
@@ -96,7 +98,7 @@ def test_where_and_how_fast_never_decides_what() -> None:
 def test_the_hash_is_the_same_in_every_process() -> None:
     program = (
         "from prism_ray.cli import compose; from prism_ray.config import config_hash;"
-        "print(config_hash(compose(['recipe=digits_smoke', 'method=prism', 'compute=ray'])))"
+        "print(config_hash(compose(['recipe=digits_smoke', 'method=prism_released', 'compute=ray'])))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345", "LC_ALL": "C"}
     found = subprocess.run(
@@ -133,7 +135,7 @@ def test_two_configs_never_share_a_default() -> None:
 
 
 def test_the_run_is_named_after_recipe_method_and_hash_unless_it_has_a_name() -> None:
-    assert run_id(SMOKE) == f"digits_smoke-prism-{config_hash(SMOKE)[:12]}"
+    assert run_id(SMOKE) == f"digits_smoke-prism_released-{config_hash(SMOKE)[:12]}"
     assert run_id(with_setting(SMOKE, "run_id", "mine")) == "mine"
 
 
@@ -189,6 +191,24 @@ def test_the_rows_of_the_shipped_suite_are_different_runs_of_the_same_student() 
         ("evaluate.feature_model", "nobody", "nobody"),
         ("method.statistics_slots", 2, "auxiliary"),
         ("teachers.models.vgg.arch", None, "architecture"),
+        ("evaluate.judges", ["nobody"], "nobody"),
+        ("method.statistics_fixed", ["nobody"], "nobody"),
+        ("method.statistics_fixed", ["vgg", "vgg"], "twice"),
+        ("method.statistics_count", 0, "at least 1"),
+        ("method.accuracy_temperature", 0.0, "above 0"),
+        ("method.class_share", 1.5, "from 0 to 1"),
+        ("method.statistics_ema", 1.0, "below 1"),
+        ("method.conv_skip_probability", 1.0, "below 1"),
+        ("method.tv_weight", -1.0, "at least 0"),
+        ("method.eig_weight", -1.0, "at least 0"),
+        ("method.eig_temperature", 0.0, "above 0"),
+        ("method.rounds", 0, "at least 1"),
+        ("method.residual_parts", 9, "8 iterations"),
+        ("method.residual_weight", 1.1, "from 0 to 1"),
+        ("method.residual_scale", 0.0, "above 0"),
+        ("method.mosaic_tiles", 0, "at least 1"),
+        ("method.eig_weight", 1.0, "class_major"),
+        ("method.rounds", 2, "class_major"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_key(key: str, value: Any, expected: str) -> None:
@@ -217,3 +237,96 @@ def test_real_images_need_no_batch_norm_and_no_auxiliary() -> None:
     for teacher in config.teachers.models.values():
         teacher.batch_norm = False
     check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("method.bn_weight=0 method.ce_weight=0", ["method.bn_weight=0", "method.ce_weight=0", "nothing to optimize"]),
+        ("method.statistics_role=auxiliary_slots method.statistics_slots=2", ["statistics_slots=2", "1 auxiliary"]),
+        ("method.statistics_role=k_subset method.statistics_count=3", ["statistics_count=3", "2 teachers"]),
+        (
+            "method.statistics_role=fixed method.statistics_fixed=[convnet] teachers.models.convnet.batch_norm=false",
+            ["method.statistics_fixed=['convnet']", "no batch norm"],
+        ),
+        (
+            "method.statistics_reduction=normalized teachers.models.vgg.batch_norm=false",
+            ["method.statistics_reduction=normalized", "'vgg'"],
+        ),
+        (
+            "method.statistics_reduction=normalized method.conv_statistics=true teachers.models.vgg.batch_norm=false",
+            ["method.statistics_reduction=normalized", "'vgg'"],
+        ),
+        ("method=random_real method.selection=herding", ["method.selection=herding", "engine=initial"]),
+        ("method.init=generated", ["method.init=generated", "method.init_run=null", "name of a run"]),
+        ("method.init_run=other", ["method.init=real", "method.init_run=other"]),
+        ("method.init=mosaic method.mosaic_tiles=17", ["method.mosaic_tiles=17", "16 pixels"]),
+        ("method.batch_plan=single_class method.rounds=9", ["method.rounds=9", "8 iterations"]),
+        (
+            "method.batch_plan=class_major method.rounds=2 method.residual_parts=2",
+            ["method.rounds=2", "method.residual_parts=2", "no common parts"],
+        ),
+        (
+            "method.crop_curriculum=cosine method.crop_area_start=0.1 method.crop_area_min=0.5",
+            ["method.crop_area_start=0.1", "crop_area_min=0.5"],
+        ),
+        (
+            "method=random_real images_per_class=null evaluate.split=validation",
+            ["evaluate.split=validation", "images_per_class=null"],
+        ),
+        (
+            "method.init=generated method.init_run=other evaluate.split=validation",
+            ["evaluate.split=validation", "method.init_run=other"],
+        ),
+    ],
+)
+def test_settings_at_odds_are_refused_by_their_names(overrides: str, expected: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        compose(["recipe=digits_smoke", "method=prism_released", *overrides.split()])
+    for words in expected:
+        assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "method.bn_weight=0 teachers.models.vgg.batch_norm=false teachers.models.convnet.batch_norm=false",
+        "method=sre2l method.conv_statistics=true teachers.models.vgg.batch_norm=false",
+        "method=random_real method.statistics_slots=9",
+        "method=real_kth method.statistics_slots=9",
+        "method.batch_plan=class_major method.rounds=2 method.eig_weight=1",
+        "method.batch_plan=single_class method.residual_parts=8",
+        "method.crop_area_start=0.1 method.crop_area_min=0.5",
+        "method.init=mosaic method.mosaic_tiles=16",
+    ],
+)
+def test_what_is_not_used_or_just_fits_is_accepted(overrides: str) -> None:
+    compose(["recipe=digits_smoke", "method=prism_released", *overrides.split()])
+
+
+NAMES_ALONE = ["recipe=imagenet_lite", "method=prism_released", "method.init=noise", "method.statistics_slots=1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("method.init=real", "method.init=real"),
+        ("method.init=mosaic", "method.init=mosaic"),
+        ("method.engine=real", "method.engine=real"),
+        ("method.class_share=0.5", "method.class_share=0.5"),
+        ("method.conv_statistics=true", "method.conv_statistics=true"),
+        ("method.statistics_reduction=normalized", "method.statistics_reduction=normalized"),
+        ("teachers.models.new={arch: prism_vgg}", "teachers.models.new.source=train"),
+        ("stages=[]", "stages: distill"),
+        ("stages=[synthesize,distill]", "stages: distill"),
+    ],
+)
+def test_what_needs_real_images_is_refused_where_there_are_only_names(override: str, named: str) -> None:
+    compose(NAMES_ALONE)
+    overrides = [kept for kept in NAMES_ALONE if kept.partition("=")[0] != override.partition("=")[0]]
+    with pytest.raises(InputError) as refused:
+        compose([*overrides, override])
+    message = str(refused.value)
+    assert message.startswith(f"{named}: needs real images")
+    assert "\n" not in message

@@ -11,7 +11,7 @@ from prism_ray.cli import compose
 from prism_ray.config import LabelsConfig
 from prism_ray.inspection import estimate_operations, label_blob_bytes, plan_text
 from prism_ray.methods.soft_labels import Codec
-from prism_ray.plan import plan_units, statistics_teachers
+from prism_ray.plan import guiding_teachers, plan_units
 
 FIRST, SECOND = "images/train-00000-of-00004.parquet", "images/train-00001-of-00004.parquet"
 
@@ -155,7 +155,8 @@ def test_a_damaged_record_is_one_line_with_its_path(prism: Command, run_dir: Pat
 
 def test_plan_counts_units_images_and_labels_before_anything_exists(tmp_path: Path) -> None:
     storage = tmp_path / "outputs"
-    config = compose(["recipe=digits_smoke", "images_per_class=3", "method.batch_size=4", f"storage={storage}"])
+    settings = ["method=prism_released", "images_per_class=3", "method.batch_size=4"]
+    config = compose(["recipe=digits_smoke", *settings, f"storage={storage}"])
     text = plan_text(config)
     for line in (
         "not begun",
@@ -165,7 +166,7 @@ def test_plan_counts_units_images_and_labels_before_anything_exists(tmp_path: Pa
         "labels      120 views",
         "students    2, 10 steps of 16",
         "iterations  63 in all, per unit [8, 7, 6]",
-        "known once the teachers are trained",
+        "FLOP",
     ):
         assert line in text, text
     assert not storage.exists(), "it makes nothing"
@@ -191,7 +192,7 @@ def test_labels_computed_while_students_train_need_no_storage(tmp_path: Path) ->
     online = ["labels.online=true", "labels.top_k=null", "labels.bits=16"]
     config = compose(["recipe=digits_smoke", f"storage={tmp_path}", *online])
     assert "labels      0 views, at most 0 B of logits, computed while students train" in plan_text(config)
-    found = estimate_operations(config, plan_units(config, [[0, 1]] * 10), {"vgg": 100.0})
+    found = estimate_operations(config, plan_units(config, [[0, 1]] * 10), {"vgg": 100.0, "convnet": 7.0})
     assert found.label_flops == 10 * 16 * 100  # one student, 10 steps of 16
 
 
@@ -213,24 +214,43 @@ def test_plan_of_all_real_images_needs_the_prepared_data(prism: Command, tmp_pat
     assert "stages=[prepare]" in refused.err
 
 
-def test_the_estimate_counts_each_network_once_per_iteration_it_runs_in() -> None:
-    config = compose(["recipe=digits_smoke", "method.init=noise", "images_per_class=4"])
+@pytest.mark.parametrize("method", ["prism_released", "prism_strict", "prism_coupled", "sre2l"])
+def test_the_estimate_counts_each_network_once_per_iteration_it_runs_in(method: str) -> None:
+    config = compose(["recipe=digits_smoke", f"method={method}", "method.init=noise", "images_per_class=4"])
     units = plan_units(config, [[0]] * 10)
     forward = {"vgg": 100.0, "convnet": 7.0}
-    expected = sum(
-        2 * len(unit.images) * unit.iterations * sum(forward[name] for name in statistics_teachers(config, unit, 0))
-        for unit in units
-    )
+    expected = 0.0
+    for unit in units:
+        guiding = guiding_teachers(config, unit, 0)
+        networks = {*guiding.logits, *guiding.statistics}
+        expected += 2 * len(unit.images) * unit.iterations * sum(forward[name] for name in networks)
     found = estimate_operations(config, units, forward)
     assert found.synthesis_flops == expected > 0
     assert found.label_flops == 40 * 4 * 100
-    assert estimate_operations(config, units, {"vgg": 100.0}).synthesis_flops is None
-    assert estimate_operations(config, units, {}).label_flops is None
+
+
+def test_a_teacher_with_nothing_to_match_is_not_run() -> None:
+    settings = ["method.statistics_probability=1", "teachers.models.convnet.batch_norm=false"]
+    config = compose(["recipe=digits_smoke", "method=prism_released", *settings])
+    units = plan_units(config, [[0, 1]] * 10)
+    steps = sum(len(unit.images) * unit.iterations for unit in units)
+    found = estimate_operations(config, units, {"vgg": 100.0, "convnet": 7.0})
+    assert found.synthesis_flops == 2 * steps * 100
+
+
+def test_the_estimate_of_a_round_of_the_pool_counts_one_teacher_per_iteration() -> None:
+    roles = ["method.logit_role=active", "method.statistics_role=active"]
+    config = compose(["recipe=digits_smoke", "method=sre2l", *roles, "images_per_class=3"])
+    units = plan_units(config, [[]] * 10)
+    assert sum(unit.iterations for unit in units) % 2 == 0
+    found = estimate_operations(config, units, {"vgg": 100.0, "convnet": 7.0})
+    assert found.synthesis_flops == 2 * 5 * sum(unit.iterations for unit in units) * (100 + 7) / 2
 
 
 def test_real_images_cost_no_synthesis() -> None:
     config = compose(["recipe=digits_smoke", "method=random_real"])
-    assert estimate_operations(config, plan_units(config, [range(9)] * 10), {}).synthesis_flops == 0
+    units = plan_units(config, [range(9)] * 10)
+    assert estimate_operations(config, units, {"vgg": 100.0}).synthesis_flops == 0
 
 
 # status

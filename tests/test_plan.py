@@ -7,15 +7,16 @@ from itertools import combinations
 import pytest
 
 from prism_ray.cli import compose
-from prism_ray.config import Config
+from prism_ray.config import Config, images_hash
 from prism_ray.errors import InputError
 from prism_ray.plan import (
     REAL_IMAGES_PER_UNIT,
     Unit,
     check_size,
+    check_statistics,
+    guiding_teachers,
     label_teachers,
     plan_units,
-    statistics_teachers,
     used_teachers,
 )
 
@@ -23,7 +24,9 @@ ORDERS = ["sorted", "permuted", "strided"]
 
 
 def config(*overrides: str) -> Config:
-    return compose(["recipe=digits_smoke", "compute=inline", *overrides])
+    """PRISM as released, unless a method is named."""
+    method = [] if any(override.startswith("method=") for override in overrides) else ["method=prism_released"]
+    return compose(["recipe=digits_smoke", "compute=inline", *method, *overrides])
 
 
 def rows(num_classes: int, images: int) -> list[list[int]]:
@@ -69,6 +72,12 @@ def test_units_are_numbered_and_named_in_order_and_images_by_class_and_index() -
 def test_a_plan_made_again_is_the_same() -> None:
     for overrides in ([], ["method=sre2l"], ["method=random_real"], ["method.class_order=permuted"]):
         assert plan_units(config(*overrides), rows(10, 6)) == plan_units(config(*overrides), rows(10, 6))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_the_plan_is_the_same_for_any_number_of_workers(workers: int) -> None:
+    overrides = ["compute=ray", f"compute.actors={workers}", f"compute.train_workers={workers}"]
+    assert plan_units(config(*overrides), rows(10, 6)) == plan_units(config(), rows(10, 6))
 
 
 def image_seeds(*overrides: str) -> dict[str, tuple[int, int | None]]:
@@ -131,7 +140,7 @@ def test_images_from_noise_have_no_source_and_need_no_real_images() -> None:
     assert {image.source_row for unit in units for image in unit.images} == {None}
 
 
-@pytest.mark.parametrize("method", ["prism", "random_real"])
+@pytest.mark.parametrize("method", ["prism_released", "random_real"])
 def test_a_class_with_too_few_real_images_is_refused_with_the_numbers(method: str) -> None:
     source = rows(10, 6)
     source[7] = source[7][:4]
@@ -175,7 +184,7 @@ AUXILIARIES = ["a", "b", "c", "convnet"]
 
 def draws(num_slices: int, *overrides: str) -> list[tuple[str, ...]]:
     wanted = config(*POOL, "method.init=noise", "method.batch_size=10", f"images_per_class={num_slices}", *overrides)
-    return [statistics_teachers(wanted, unit, 0) for unit in plan_units(wanted, rows(10, 1))]
+    return [guiding_teachers(wanted, unit, 0).statistics for unit in plan_units(wanted, rows(10, 1))]
 
 
 def test_the_primary_is_always_there_and_nobody_twice() -> None:
@@ -215,10 +224,11 @@ def changes_over(cadence: str) -> tuple[int, int]:
         "method.cadence_every=10",
     )
     units = plan_units(wanted, rows(10, 1))
-    across = {statistics_teachers(wanted, unit, 0) for unit in units}
-    within = {statistics_teachers(wanted, units[0], iteration) for iteration in range(100)}
+    across = {guiding_teachers(wanted, unit, 0).statistics for unit in units}
+    within = {guiding_teachers(wanted, units[0], iteration).statistics for iteration in range(100)}
     steady = all(
-        statistics_teachers(wanted, units[0], 10 * n) == statistics_teachers(wanted, units[0], 10 * n + i)
+        guiding_teachers(wanted, units[0], 10 * n).statistics
+        == guiding_teachers(wanted, units[0], 10 * n + i).statistics
         for n in range(10)
         for i in range(10)
     )
@@ -236,7 +246,7 @@ def test_teachers_are_drawn_again_exactly_when_the_cadence_says() -> None:
 
 def test_the_primary_alone_serves_statistics_where_the_method_says_so() -> None:
     wanted = config("method=sre2l")
-    assert {statistics_teachers(wanted, unit, 0) for unit in plan_units(wanted, rows(10, 2))} == {("vgg",)}
+    assert {guiding_teachers(wanted, unit, 0).statistics for unit in plan_units(wanted, rows(10, 2))} == {("vgg",)}
 
 
 # Budgets and roles
@@ -263,3 +273,120 @@ def test_a_run_needs_the_teachers_of_its_roles_and_no_others() -> None:
     assert used_teachers(config(extra, "evaluate.feature_model=a")) == ["vgg", "convnet", "a"]
     assert label_teachers(config()) == ["vgg"]
     assert label_teachers(config("labels.teachers=[convnet]")) == ["convnet"]
+
+
+# Other roles, batch plans and sets of images
+
+
+@pytest.mark.parametrize("plan", ["class_major", "single_class"])
+@pytest.mark.parametrize(("per_class", "batch_size"), [(3, 7), (3, 100), (5, 2), (1, 4)])
+def test_class_major_units_hold_whole_classes_and_all_units_hold_all(
+    plan: str, per_class: int, batch_size: int
+) -> None:
+    wanted = config(f"method.batch_plan={plan}", f"images_per_class={per_class}", f"method.batch_size={batch_size}")
+    units = plan_units(wanted, rows(10, 6))
+    assert sorted(pairs(units)) == [(class_id, k) for class_id in range(10) for k in range(per_class)]
+    for unit in units:
+        counts = Counter(image.class_id for image in unit.images)
+        assert len(unit.images) <= max(batch_size, per_class if batch_size >= per_class else batch_size)
+        assert set(counts.values()) == {per_class} or len(counts) == 1
+        assert plan == "class_major" or len(counts) == 1
+    assert len({unit.unit_id for unit in units}) == len({unit.seed for unit in units}) == len(units)
+
+
+def test_the_active_teacher_goes_around_the_pool_as_one_process_would_count_its_steps() -> None:
+    wanted = config(
+        *POOL,
+        "method.init=noise",
+        "method.logit_role=active",
+        "method.statistics_role=active",
+        "method.iterations=7",
+        "images_per_class=4",
+    )
+    pool, step = wanted.teachers.pool, 0
+    for unit in plan_units(wanted, rows(10, 1)):
+        assert unit.first_step == step
+        for iteration in range(unit.iterations):
+            guiding = guiding_teachers(wanted, unit, iteration)
+            assert guiding.logits == guiding.statistics == (pool[step % len(pool)],)
+            step += 1
+    assert used_teachers(wanted) == pool
+
+
+def test_auxiliary_slots_never_hold_the_primary_and_are_never_empty() -> None:
+    drawn = draws(400, "method.statistics_role=auxiliary_slots")
+    assert all(names and "vgg" not in names for names in drawn)
+    sizes = Counter(len(names) for names in drawn)
+    assert sizes[1] / 400 == pytest.approx(1 / 8 + 3 / 8, abs=0.11)  # none counts as one
+
+
+def test_a_subset_of_the_pool_is_uniform_and_may_lack_the_primary() -> None:
+    drawn = draws(1000, "method.statistics_role=k_subset", "method.statistics_count=2")
+    assert {len(names) for names in drawn} == {2}
+    for name in ["vgg", *AUXILIARIES]:
+        assert sum(name in names for names in drawn) / 1000 == pytest.approx(0.4, abs=0.07)
+
+
+def test_drawn_teachers_guide_with_their_logits_where_the_method_couples_them() -> None:
+    wanted = config(*POOL, "method.logit_role=drawn", "images_per_class=3")
+    for unit in plan_units(wanted, rows(10, 6)):
+        guiding = guiding_teachers(wanted, unit, 0)
+        assert guiding.logits == guiding.statistics
+
+
+def test_without_their_weight_statistics_have_no_teacher() -> None:
+    wanted = config("method.bn_weight=0")
+    assert guiding_teachers(wanted, plan_units(wanted, rows(10, 6))[0], 0).statistics == ()
+    assert used_teachers(wanted) == ["vgg"]
+
+
+NO_BN = "teachers.models.convnet.batch_norm=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method=prism_strict"], ["teachers.pool=['vgg', 'convnet']", "draws convnet at iteration 0"]),
+        (["method.statistics_role=active"], ["unit train-00000-of-00004", "draws convnet at iteration 1"]),
+        (["teachers.primary=convnet", "method.statistics_probability=0"], ["teachers.primary='convnet'"]),
+    ],
+)
+def test_a_plan_in_which_some_draw_has_nothing_to_match_is_refused(overrides: list[str], words: list[str]) -> None:
+    wanted = config(*overrides, NO_BN)
+    with pytest.raises(InputError) as refused:
+        check_statistics(wanted, plan_units(wanted, rows(10, 6)))
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("overrides", [[], ["method=prism_strict", "method.conv_statistics=true"], ["method=sre2l"]])
+def test_a_plan_in_which_every_draw_has_something_to_match_is_accepted(overrides: list[str]) -> None:
+    wanted = config(*overrides, NO_BN)
+    check_statistics(wanted, plan_units(wanted, rows(10, 6)))
+
+
+def test_images_are_made_of_the_chosen_classes_alone() -> None:
+    units = plan_units(config("images_per_class=2"), rows(10, 6), class_ids=[2, 5, 9])
+    assert sorted(pairs(units)) == [(class_id, k) for class_id in (2, 5, 9) for k in range(2)]
+    assert {i.source_row for u in units for i in u.images} <= {row for c in (2, 5, 9) for row in rows(10, 6)[c]}
+
+
+@pytest.mark.parametrize("method", ["random_real", "real_kth", "prism_released"])
+def test_images_to_be_measured_on_are_never_started_from(method: str) -> None:
+    overrides = [f"method={method}", "images_per_class=4"]
+    reserving = [*overrides, "evaluate.split=validation", "student.validation_images=6"]
+    source = rows(10, 10)
+    taken = {i.source_row for u in plan_units(config(*reserving), source) for i in u.images}
+    assert not taken & {row for own in source for row in own[-6:]}
+    with pytest.raises(InputError, match="images_per_class=5: class 0 has only 4 real training images"):
+        plan_units(config(*reserving[:1], "images_per_class=5", *reserving[2:]), source)
+    assert images_hash(config(*overrides)) != images_hash(config(*reserving))
+
+
+@pytest.mark.parametrize("selection", ["confident", "medium", "herding", "regression"])
+def test_a_selection_by_teachers_is_not_the_plans_and_needs_its_judges(selection: str) -> None:
+    wanted = config(
+        f"method.selection={selection}", "method.judges=pool", "method.bn_weight=0", "labels.teachers=[vgg]"
+    )
+    assert {i.source_row for u in plan_units(wanted, rows(10, 6)) for i in u.images} == {None}
+    assert used_teachers(wanted) == ["vgg", "convnet"]

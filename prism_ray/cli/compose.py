@@ -2,8 +2,8 @@
 
 import re
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,29 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
+class Column:
+    """Settings that a suite crosses its rows with; `rows` names those it is for, None: all."""
+
+    settings: list[str]
+    rows: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class Suite:
     """A benchmark: one recipe, and for each row of its table the settings that differ.
 
-    With `columns` (say, architectures of the student) every row is run in each of them. `references` names the rows
-    that scores compare with: `random_real`, `full_data`, and the `baseline` of paired differences.
+    With `columns` (say, architectures of the student) every row is run in each of them that is for it. With `seeds`
+    every such cell is one run per seed, which decides images and students alike, and its results are pooled.
+    `references` names the rows that scores compare with: `random_real`, `full_data`, and the `baseline` of paired
+    differences.
     """
 
     name: str
     recipe: str
     rows: dict[str, list[str]]
-    columns: dict[str, list[str]] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -74,7 +85,10 @@ REFERENCES = ("random_real", "full_data", "baseline")
 
 
 def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
-    """A suite and its runs: row by row, each in every column."""
+    """A suite and its runs: row by row, each in its columns; with seeds all of them seed by seed.
+
+    In that order a suite that is stopped early has all its cells, with fewer seeds.
+    """
     names = [o.removeprefix("suite=") for o in overrides if o.startswith("suite=")]
     others = [o for o in overrides if not o.startswith("suite=")]
     if len(names) != 1:
@@ -82,12 +96,18 @@ def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
     if any(o.split("=")[0] in ("recipe", "run_id") for o in others):
         raise InputError("bench: recipe and run_id are the suite's to choose; leave them out")
     suite = load_suite(names[0])
-    columns: list[tuple[str | None, list[str]]] = [*suite.columns.items()] or [(None, [])]
-    rows = [
-        Row(label, compose([f"recipe={suite.recipe}", *row, *column, *others]), name)
+    columns: list[tuple[str | None, Column]] = [*suite.columns.items()] or [(None, Column([]))]
+    planned = [
+        (label, [*row, *column.settings, *others], name)
         for label, row in suite.rows.items()
         for name, column in columns
+        if column.rows is None or label in column.rows
     ]
+    if suite.seeds:
+        _refuse_seeds(suite, [override for _, settings, _ in planned for override in settings])
+    rows = [Row(label, compose([f"recipe={suite.recipe}", *settings]), name) for label, settings, name in planned]
+    if suite.seeds:
+        rows = [replace(row, config=_with_seed(row.config, seed)) for seed in suite.seeds for row in rows]
     known: dict[str, Row] = {}
     for row in rows:
         twin = known.setdefault(run_id(row.config), row)
@@ -97,17 +117,39 @@ def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
     return suite, rows
 
 
+def _refuse_seeds(suite: Suite, settings: Sequence[str]) -> None:
+    for override in settings:
+        if override.partition("=")[0] in ("seed", "student.seeds"):
+            raise InputError(
+                f"suite={suite.name}: {override}: the suite has seeds, which are those of its runs and their students; "
+                "leave it out, or change the suite's seeds"
+            )
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return replace(config, seed=seed, student=replace(config.student, seeds=[seed]))
+
+
+SUITE_KEYS = ("recipe", "rows", "columns", "references", "seeds")
+
+
 def load_suite(name: str) -> Suite:
     """A suite by name or by the path of its YAML file."""
     content = read_yaml(group_file("suite", name))
-    missing, unknown = {"recipe", "rows"} - set(content), set(content) - {"recipe", "rows", "columns", "references"}
+    missing, unknown = {"recipe", "rows"} - set(content), set(content) - set(SUITE_KEYS)
     tables = [content.get(key, {}) for key in ("rows", "columns", "references")]
-    if missing or unknown or not content["rows"] or not all(isinstance(table, dict) for table in tables):
+    well_formed = all(isinstance(table, dict) for table in tables) and all(map(_is_list, tables[0].values()))
+    if missing or unknown or not content["rows"] or not well_formed:
         raise InputError(
             f"suite={name}: must hold 'recipe' and 'rows' (row name to a list of overrides), and may hold 'columns' "
-            "(the same) and 'references' (which row is which)"
+            "(the same, or {rows: [row names], settings: [overrides]} for some rows), 'references' (which row is "
+            "which) and 'seeds' (a list)"
         )
-    rows, columns = ({str(k): [str(o) for o in v] for k, v in table.items()} for table in tables[:2])
+    rows = {str(label): [str(override) for override in row] for label, row in tables[0].items()}
+    columns = {str(key): _column(name, str(key), column, rows) for key, column in tables[1].items()}
+    for label in rows:
+        if columns and not any(column.rows is None or label in column.rows for column in columns.values()):
+            raise InputError(f"suite={name}: row {label!r} is in no column; name it in one, or leave the row out")
     references = {str(k): str(v) for k, v in tables[2].items()}
     for key, row in references.items():
         if key not in REFERENCES or row not in rows:
@@ -115,7 +157,34 @@ def load_suite(name: str) -> Suite:
                 f"suite={name}: references.{key}={row}: expected {', '.join(REFERENCES)} and the name of a row "
                 f"({', '.join(rows)})"
             )
-    return Suite(Path(name).stem, content["recipe"], rows, columns, references)
+    return Suite(Path(name).stem, content["recipe"], rows, columns, references, _seeds(name, content.get("seeds", [])))
+
+
+def _column(suite: str, name: str, content: Any, rows: Mapping[str, list[str]]) -> Column:
+    """A column from a list of overrides, or from such a list and the rows that it is for."""
+    if _is_list(content):
+        return Column([str(override) for override in content])
+    is_sparse = isinstance(content, dict) and set(content) == {"rows", "settings"}
+    if not is_sparse or not all(map(_is_list, content.values())):
+        raise InputError(
+            f"suite={suite}: columns.{name}: expected a list of overrides, or "
+            "{rows: [row names], settings: [overrides]}"
+        )
+    settings, chosen = ([str(entry) for entry in content[key]] for key in ("settings", "rows"))
+    for label in chosen:
+        if label not in rows:
+            raise InputError(f"suite={suite}: columns.{name}.rows: no row {label!r}; known: {', '.join(rows)}")
+    return Column(settings, chosen)
+
+
+def _seeds(suite: str, seeds: Any) -> list[int]:
+    if not _is_list(seeds) or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"suite={suite}: seeds={seeds}: expected a list of integers, none of them twice")
+    return seeds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _checked_override(override: str) -> str:

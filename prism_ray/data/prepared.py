@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_ray import schema
-from prism_ray.config import DatasetConfig, content_hash, plain, walk
+from prism_ray.config import DatasetConfig, Source, content_hash, plain, walk
+from prism_ray.data import imagenet_names
 from prism_ray.data.pixels import decode_png, fit
 from prism_ray.data.publish import published_folder, write_durably
 from prism_ray.data.records import SPLITS, RealImage, RealSource, Split
@@ -32,18 +33,18 @@ from prism_ray.storage import sha256_of_file
 SUMMARY = "dataset.json"
 
 
-def check_dataset(dataset: DatasetConfig) -> int:
+def check_dataset(dataset: DatasetConfig) -> list[str]:
     """Look at a bounded sample of the source, for at most about two seconds; the full scan belongs to preparing.
 
     Returns:
-        The number of classes.
+        The class names.
 
     Raises:
         InputError: one line that names the setting, file or class that is wrong and what to do.
     """
     source = open_source(dataset)
     source.check()
-    return len(source.class_names)
+    return source.class_names
 
 
 def prepare_dataset(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDataset":
@@ -76,7 +77,10 @@ def class_names_hash(class_names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """A prepared folder. Opening reads `dataset.json` and file sizes only; tables are read when asked for."""
+    """A prepared folder. Opening reads `dataset.json` and file sizes only; tables are read when asked for.
+
+    A data set of class names alone is one without images in either split.
+    """
 
     folder: Path
     name: str
@@ -84,7 +88,7 @@ class PreparedDataset:
     image_size: int  # pixels
     channels: int
     counts: dict[Split, list[int]]  # images of each class
-    mean: list[float]  # of the train split per channel, in [0, 1]
+    mean: list[float]  # of the train split per channel, in [0, 1]; ImageNet's where there are only class names
     std: list[float]
     split: dict[str, Any]  # how the test split came about
     files: list[ShardFile]
@@ -189,7 +193,9 @@ class PreparedDataset:
         return path.is_file() and sha256_of_file(path) == file.sha256
 
     def _column(self, split: Split, name: str) -> pa.ChunkedArray:
-        return pa.chunked_array([chunk for path in self.paths(split) for chunk in _read_column(path, name).chunks])
+        kind = dict(schema.REAL_COLUMNS)[name]
+        chunks = [chunk for path in self.paths(split) for chunk in _read_column(path, name).chunks]
+        return pa.chunked_array(chunks, type=kind)
 
     def _png_groups(self, split: Split, ascending: np.ndarray) -> Iterator[tuple[int, pa.ChunkedArray]]:
         """(first row, PNG bytes) of the row groups that hold one of the given rows; nothing else is read."""
@@ -250,8 +256,12 @@ def _write(source: RealSource, dataset: DatasetConfig, folder: Path) -> dict[str
             channels=dataset.channels,
             to_pixels=to_pixels,
         )
-        _check_counts(splits[split].counts, source.class_names, split=split)
-    mean, std = splits["train"].mean_std(image_size=dataset.image_size)
+        if dataset.source is not Source.imagenet_names:
+            _check_counts(splits[split].counts, source.class_names, split=split)
+    if dataset.source is Source.imagenet_names:
+        mean, std = imagenet_names.MEAN, imagenet_names.STD
+    else:
+        mean, std = splits["train"].mean_std(image_size=dataset.image_size)
     return {
         "version": schema.VERSION,
         "name": dataset.name,

@@ -1,11 +1,13 @@
 """What every source of real images offers: class names, and labelled images of two splits in a fixed order."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from prism_ray.errors import InputError
 from prism_ray.seeds import seed_for
 
 Split = Literal["train", "test"]
@@ -40,6 +42,28 @@ class RealSource(Protocol):
     def images(self, split: Split) -> Iterator[RealImage]:
         """The images of a split, lazily, always in the same order."""
         ...
+
+
+def class_ids_of(classes: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """Ids of classes given by name, ascending; all ids if none is given.
+
+    Raises:
+        InputError: a name is unknown, with the nearest ones, or given twice.
+    """
+    if not classes:
+        return list(range(len(class_names)))
+    ids = {name: class_id for class_id, name in enumerate(class_names)}
+    for name in classes:
+        if name not in ids:
+            lowered = {known.lower(): known for known in class_names}
+            same_word = [known for low, known in lowered.items() if name.lower() in low.split()]
+            alike = [lowered[low] for low in difflib.get_close_matches(name.lower(), lowered, n=4)]
+            near = list(dict.fromkeys([*same_word[:4], *alike]))
+            known = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(class_names[:5])}, …"
+            raise InputError(f"classes: {name!r} is no class of the data set; {known}")
+        if classes.count(name) > 1:
+            raise InputError(f"classes: {name!r} is given twice; expected each class once; leave one out")
+    return sorted(ids[name] for name in classes)
 
 
 def held_out(count: int, *, class_id: int, fraction: float, seed: int) -> np.ndarray:

@@ -98,7 +98,7 @@ def render_card(
             columns=[(name, _type_name(kind), COLUMNS[name]) for name, kind in schema.IMAGE_COLUMNS],
             features=[(name, _feature(kind)) for name, kind in schema.IMAGE_COLUMNS],
             size_category=size_category(summary.num_images),
-            is_inverted=bool(summary.budget),
+            is_inverted=any(summary.budget),
             is_repository=is_repository,
             labels=label_table and _label_rows(label_table),
             header=licence_header(licences.get("dataset")),
@@ -116,10 +116,11 @@ def _label_rows(table: LabelTable) -> dict[str, Any]:
 
 
 def starts_from(summary: RunSummary) -> str:
-    """What an image was before: `real` where it is a real one, `init_real` where it started from one, else `noise`."""
+    """What an image was before: `real` where it is a real one, else what it started from, see `config.Init`."""
     if not summary.budget:
         return "real"
-    return "noise" if summary.config.get("method", {}).get("init") == "noise" else "init_real"
+    init = summary.config.get("method", {}).get("init", "real")
+    return "real" if init == "real" and not any(summary.budget) else f"init_{init}"
 
 
 def size_category(num_images: int) -> str:

@@ -55,7 +55,7 @@ def check_comparable(summaries: Sequence[RunSummary]) -> None:
         if summary.name in names:
             raise InputError(f"report: two runs have the label {summary.name!r}; give each run a name of its own")
         names.add(summary.name)
-        for name in ("name", "class_names", "image_size", "channels", "num_test"):
+        for name in ("name", "class_names", "image_size", "channels", "num_test", "class_ids"):
             if getattr(summary.dataset, name) != getattr(first.dataset, name):
                 raise InputError(
                     f"report: runs {first.run_id} and {summary.run_id} differ in dataset.{name}; "

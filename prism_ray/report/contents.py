@@ -23,8 +23,14 @@ class DatasetFacts:
     class_names: list[str]
     image_size: int  # side of the square images, pixels
     channels: int  # 1 gray, 3 RGB
-    num_train: int
+    num_train: int  # 0 where there are only names of classes
     num_test: int
+    class_ids: list[int] = field(default_factory=list)  # classes that images were made of; empty: all
+
+    @property
+    def num_chosen(self) -> int:
+        """Classes that images were made of."""
+        return len(self.class_ids or self.class_names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,8 @@ class TeacherFacts:
     num_bn_layers: int
     roles: list[str]  # for example primary, statistics, labels, features
     sha256: str  # of its weights file
+    bn_distance_first: float | None = None  # statistics term of real images at its first batch-norm layer
+    bn_distance_rest: float | None = None  # sum over the other layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +93,55 @@ class SearchResult:
     num_images: int | None = None  # of the split
 
 
+Space = Literal["held-out", "primary", "raw"]
+"""Where likeness is measured: features of a teacher outside the pool, of the primary, or pixels as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
-    """Intra-class cosine similarity of features, over classes; beside it that of as many real images."""
+class Measured:
+    """A measure of the images of a class: mean and deviation over classes (of pooled runs over the runs)."""
 
     mean: float | None = None
     std: float | None = None
-    real_mean: float | None = None
+    real_mean: float | None = None  # of as many real images; None where there are none
     real_std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """How alike the images of a class are in one feature space; beside it as many real images."""
+
+    space: Space
+    model: str | None = None  # whose features; None: raw pixels
+    cosine: Measured = field(default_factory=Measured)
+    vendi: Measured = field(default_factory=Measured)  # 1 to images per class
+    effective_rank: Measured = field(default_factory=Measured)  # 1 to images per class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a teacher makes of the images."""
+
+    judge: str
+    num_images: int
+    top1_hits: int  # images whose class is the teacher's first answer
+    top5_hits: int  # ... or among its first five
+
+    @property
+    def top1(self) -> float:
+        """Share from 0 to 1."""
+        return self.top1_hits / self.num_images
+
+    @property
+    def top5(self) -> float:
+        """Share from 0 to 1."""
+        return self.top5_hits / self.num_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Measured):
+    """Intra-class cosine similarity in the features that tables show: of a teacher outside the pool if there is one."""
+
     feature_model: str | None = None  # whose features
 
 
@@ -143,17 +192,28 @@ class RunSummary:
     teachers: list[TeacherFacts] = field(default_factory=list)
     students: list[StudentResult] = field(default_factory=list)
     cosine: Cosine = field(default_factory=Cosine)
+    diversity: list[Diversity] = field(default_factory=list)  # in every feature space there is
+    judges: list[Judged] = field(default_factory=list)
+    split: Literal["test", "validation"] = "test"  # what students were measured on
+    num_measured: int | None = None  # real images of it, of the chosen classes; None: all test images
+    synthesis_cpu_s: float | None = None  # CPU time of the units; None where a unit's is not known
     budget: list[int] = field(default_factory=list)  # iterations of each slice
     versions: dict[str, str] = field(default_factory=dict)  # package: version
     shards: list[str] = field(default_factory=list)  # paths or URLs of the image shards
     real_images: list[str] = field(default_factory=list)  # paths or URLs of the prepared training split
     loss_curve: list[UnitLosses] = field(default_factory=list)  # in plan order
     paths: Paths = field(default_factory=Paths)
+    run_ids: list[str] = field(default_factory=list)  # of the runs that were pooled; empty for a single run
 
     @property
     def name(self) -> str:
         """The run's name where rows and columns stand in one list."""
         return self.label if self.column is None else f"{self.label}, {self.column}"
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that this says something of: one, or those that were pooled."""
+        return max(1, len(self.run_ids))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, strict: a NaN becomes None."""

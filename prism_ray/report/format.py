@@ -27,6 +27,19 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(fmean(measured), stdev(measured) if len(measured) > 1 else None, len(measured))
 
 
+def wilson_interval(hits: int, num: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Interval of a share of which `hits` of `num` were seen, 0 to 1; the default is that of 95 % confidence.
+
+    Source: Wilson 1927, the score interval without continuity correction.
+    """
+    if not 0 <= hits <= num or num == 0:
+        raise ValueError(f"{hits} hits of {num}; expected 0 to num, num at least 1")
+    share, weight = hits / num, z * z / num
+    center = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / num + weight / (4 * num))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
 def is_measured(value: float | None) -> TypeGuard[float]:
     """Whether a value is neither None nor NaN."""
     return value is not None and math.isfinite(value)

@@ -9,7 +9,6 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ IMAGES_PER_ROW = 10
 MAX_CLASSES = 100
 MAX_IMAGES = 1500
 MAX_BYTES = 4_000_000  # of the gallery's HTML
-MAX_SIDE = 96  # pixels; larger images are reduced, smaller ones are shown as stored
+MAX_SIDE = 128  # pixels; larger images are reduced, smaller ones are shown as stored
 MARKUP_BYTES = 160  # of an image besides its data
 
 
@@ -65,39 +64,42 @@ def build_gallery(summaries: Sequence[RunSummary], *, max_bytes: int = MAX_BYTES
     real = next((summary.real_images for summary in summaries if summary.real_images), [])
     sources = [("real", real), *((summary.label, summary.shards) for summary in one_per_image_set(summaries))]
     sources = [(label, paths) for label, paths in sources if paths]
-    num_shown = min(len(dataset.class_names), MAX_CLASSES)
+    class_ids = (dataset.class_ids or list(range(len(dataset.class_names))))[:MAX_CLASSES]
+    num_shown = len(class_ids)
     per_row = max(1, min(IMAGES_PER_ROW, MAX_IMAGES // max(1, num_shown * len(sources))))
 
     rows: list[list[GalleryRow]] = [[] for _ in range(num_shown)]
     for label, paths in sources:
-        for class_id, pictures in enumerate(_pictures(paths, num_classes=num_shown, per_class=per_row)):
-            rows[class_id].append(GalleryRow(label, pictures))
+        for place, pictures in enumerate(_pictures(paths, class_ids, per_class=per_row)):
+            rows[place].append(GalleryRow(label, pictures))
+    names = [dataset.class_names[class_id] for class_id in class_ids]
     num_shown, per_row = _fitting(rows, per_row, max_bytes)
     classes = [
         GalleryClass(name, [GalleryRow(row.label, row.pictures[:per_row]) for row in class_rows])
-        for name, class_rows in zip(dataset.class_names[:num_shown], rows[:num_shown], strict=True)
+        for name, class_rows in zip(names[:num_shown], rows[:num_shown], strict=True)
     ]
-    return Gallery(classes, len(dataset.class_names), per_row, dataset.image_size > MAX_SIDE)
+    return Gallery(classes, dataset.num_chosen, per_row, dataset.image_size > MAX_SIDE)
 
 
-def _pictures(paths: Sequence[str], *, num_classes: int, per_class: int) -> list[list[Picture]]:
-    pictures: list[list[Picture]] = [[] for _ in range(num_classes)]
-    for class_id, index, png in first_images(paths, num_classes=num_classes, per_class=per_class):
+def _pictures(paths: Sequence[str], class_ids: Sequence[int], *, per_class: int) -> list[list[Picture]]:
+    pictures: dict[int, list[Picture]] = {class_id: [] for class_id in class_ids}
+    for class_id, index, png in first_images(paths, class_ids, per_class=per_class):
         data = base64.b64encode(_thumbnail(png)).decode("ascii")
         pictures[class_id].append(Picture(f"data:image/png;base64,{data}", index))
-    return pictures
+    return list(pictures.values())
 
 
-def first_images(paths: Sequence[str], *, num_classes: int, per_class: int) -> list[tuple[int, int, bytes]]:
-    """The first images of each class in `class_ids < num_classes`: (class id, index in class, PNG), in that order.
+def first_images(paths: Sequence[str], wanted: Sequence[int], *, per_class: int) -> list[tuple[int, int, bytes]]:
+    """The first images of each of the `wanted` class ids: (class id, index in class, PNG), class by class.
 
     "First" is by `index_in_class` where the table has it, else by the order of files and rows. Only the row groups that
     hold a chosen image are read.
     """
     class_ids, indices, files, rows = _image_index(paths)
     order = np.lexsort((indices, class_ids))
-    starts = np.searchsorted(class_ids[order], np.arange(num_classes + 1))
-    chosen = np.concatenate([order[start : min(start + per_class, end)] for start, end in pairwise(starts)])
+    starts, ends = (np.searchsorted(class_ids[order], wanted, side=side) for side in ("left", "right"))
+    bounds = zip(starts, ends, strict=True)
+    chosen = np.concatenate([order[start : min(start + per_class, end)] for start, end in bounds])
     images: dict[int, bytes] = {}
     for file in np.unique(files[chosen]):
         of_file = chosen[files[chosen] == file]

@@ -18,11 +18,12 @@ from prism_ray.report.comparison import (
     crossed,
     differences,
     flat_config,
+    one_per_image_set,
     protocol_groups,
     renamed_weights,
     teacher_rows,
 )
-from prism_ray.report.contents import KINDS, RunSummary, SearchResult
+from prism_ray.report.contents import KINDS, Diversity, RunSummary, SearchResult
 from prism_ray.report.files import write_document
 from prism_ray.report.gallery import MAX_SIDE, build_gallery
 from prism_ray.report.plots import accuracy_plot, cosine_plot, loss_plot, storage_plot
@@ -54,6 +55,7 @@ def render_report(
     groups, renamed = protocol_groups(settings), renamed_weights(summaries)
     scores = score_rows(summaries, references)
     columns, crossed_rows = crossed(summaries)
+    is_pooled = any(summary.num_runs > 1 for summary in summaries)
     figures = [
         ("Student accuracy", accuracy_plot(summaries), "Bars are means over seeds, dots are single students."),
         (
@@ -61,8 +63,12 @@ def render_report(
             storage_plot(summaries),
             "Soft labels; bars are one standard deviation over seeds. Runs that store no labels are left out.",
         ),
-        ("Diversity", cosine_plot(summaries), "Lower is more diverse. Bars are one standard deviation over classes."),
-        ("Loss terms", loss_plot(summaries), "As each unit ended."),
+        (
+            "Diversity",
+            cosine_plot(summaries),
+            f"Lower is more diverse. Bars are one standard deviation over {'runs' if is_pooled else 'classes'}.",
+        ),
+        ("Loss terms", loss_plot(summaries), f"As each unit{' of the first seed' if is_pooled else ''} ended."),
     ]
     return (
         _environment()
@@ -92,6 +98,11 @@ def render_report(
             searches=search_rows(summaries),
             gallery=build_gallery(summaries),
             max_side=MAX_SIDE,
+            is_pooled=is_pooled,
+            measured_on="test images" if summaries[0].split == "test" else "training images kept for validation",
+            diversity=diversity_tables(summaries),
+            judged=[(s.label, judged) for s in one_per_image_set(summaries) for judged in s.judges],
+            has_bn_distance=any(t.bn_distance_first is not None for s in summaries for t in s.teachers),
             feature_models=sorted({s.cosine.feature_model for s in summaries if s.cosine.feature_model}),
         )
     )
@@ -110,6 +121,22 @@ def search_rows(summaries: Sequence[RunSummary]) -> list[SearchRow]:
     """Every search of learning rates, run by run."""
     found = [(s, kind, {r.lr: r for r in s.search if r.labels == kind}) for s in summaries for kind in KINDS]
     return [SearchRow(summary.name, kind, tried) for summary, kind, tried in found if tried]
+
+
+def diversity_tables(summaries: Sequence[RunSummary]) -> list[tuple[str, list[tuple[str, Diversity]]]]:
+    """For each feature space, in words, what was measured of each set of images."""
+    tables: dict[str, list[tuple[str, Diversity]]] = {}
+    for summary in one_per_image_set(summaries):
+        for found in summary.diversity:
+            space = "pixels as they are" if found.model is None else f"features of {found.model} ({found.space})"
+            tables.setdefault(space, []).append((summary.label, found))
+    return list(tables.items())
+
+
+def interval_text(hits: int, num: int) -> str:
+    """A share's Wilson interval in percent."""
+    low, high = text.wilson_interval(hits, num)
+    return f"{text.format_percent(low, 1)} to {text.format_percent(high, 1)}"
 
 
 def _kinds_with(summaries: Sequence[RunSummary], value: str) -> list[str]:
@@ -144,5 +171,10 @@ def _environment() -> Environment:
         "digits": text.format_digits,
         "points": text.format_points,
     }
-    environment.globals |= {"MISSING": text.MISSING, "config_lines": config_lines, "spread_of": spread_of}
+    environment.globals |= {
+        "MISSING": text.MISSING,
+        "config_lines": config_lines,
+        "interval": interval_text,
+        "spread_of": spread_of,
+    }
     return environment

@@ -50,14 +50,15 @@ def licence_header(licence: str | None) -> dict[str, str]:
 
 def origins(summary: RunSummary, licences: Mapping[str, str | None]) -> list[Origin]:
     """The real data and every teacher, with where each comes from and its licence."""
-    data = f"{summary.dataset.num_train:,} training images"
+    num_train = summary.dataset.num_train
+    data = f"{num_train:,} training images" if num_train else "names of its classes alone"
     found = [Origin(f"data set {summary.dataset.name}", data, licences.get("dataset"))]
     models = summary.config.get("teachers", {}).get("models", {})
     for teacher in summary.teachers:
         source = models.get(teacher.name, {}).get("source", "")
         if source == "train":
             source = f"trained on {summary.dataset.name}"
-        elif not source.startswith("timm:"):
+        elif not source.startswith(("timm:", "imagenet_lite:")):
             source = "weights made elsewhere"  # a folder, and paths of this machine stay here
         licence = licences.get(f"teachers.models.{teacher.name}")
         found.append(Origin(f"teacher {teacher.name} ({teacher.arch})", source, licence))

@@ -77,7 +77,8 @@ def accuracy_plot(summaries: Sequence[RunSummary]) -> str | None:
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), label="chance")
         axes.set_xlim(0, 108)  # room for the number behind a full bar
         axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("top-1 on the real test images, %")
+        measured_on = "test" if summaries[0].split == "test" else "validation"
+        axes.set_xlabel(f"top-1 on the real {measured_on} images, %")
         _name_rows(axes, summaries, has_columns=True)
         return _svg(figure, "accuracy", f"Top-1 of each run's students with {' and '.join(kinds)} labels")
 

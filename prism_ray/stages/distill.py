@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from prism_ray.config import (
     Config,
+    EvaluationSplit,
     LabelKind,
     Precision,
     SoftLoss,
@@ -31,10 +33,12 @@ from prism_ray.lock import check_epoch
 from prism_ray.methods.distillation import cosine_loss, hard_loss, kl_loss, mse_ce_loss
 from prism_ray.methods.schedules import SCHEDULES, with_warmup
 from prism_ray.models.classifier import Classifier, build_classifier, save_classifier
+from prism_ray.plan import needs_starts
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import ALONE, Group
 from prism_ray.stages.device import deterministic, fingerprint, pick_device
 from prism_ray.stages.labels import LabelTeachers, StoredLabels
+from prism_ray.stages.starts import Starts
 from prism_ray.stages.student_batches import StudentBatch, StudentBatches, TrainingSet, labels_of, read_training_set
 from prism_ray.stages.training import (
     Checkpoints,
@@ -48,7 +52,7 @@ from prism_ray.stages.training import (
     test_accuracy,
 )
 from prism_ray.storage import TEMPORARY, publish_folder, sha256_of_file, to_json
-from prism_ray.work import DISTILL, RunSpec, SearchItem, StudentItem, chosen_lr, learned_from
+from prism_ray.work import DISTILL, RunSpec, SearchItem, StudentItem, chosen_lr, learned_from, starts_item
 
 HELD_OUT = 0.2
 """Share of the synthetic images that judges a learning rate where `student.validation` is synthetic."""
@@ -90,7 +94,7 @@ class Distiller:
             rows = np.arange(len(training_set))
             classifier, record = _fitted(item, training_set, rows, lr, checkpoints, device, group=group, looks=True)
             if group.is_first:
-                top1 = test_accuracy(classifier, spec.dataset(), device)
+                top1 = measured_accuracy(classifier, spec, device)
                 keep(record.history)
                 facts = _facts(item, classifier, len(training_set), lr=lr, top1=top1, record=record)
                 measured = {
@@ -172,7 +176,7 @@ def _fitted(
     group: Group = ALONE,
     looks: bool = False,
 ) -> tuple[Classifier, Record]:
-    """A student trained on some rows of a training set; `looks`: at the test images on the way, if so set."""
+    """A student trained on some rows of a training set; `looks`: at the images it is measured on, if so set."""
     spec, config, student, dataset = item.spec, item.spec.config, item.spec.config.student, item.spec.dataset()
     with within("student"):
         classifier = build_classifier(
@@ -218,7 +222,7 @@ def _fitted(
         prepare=batches,
         loss_of=lambda forward, batch: student_loss(config, forward, batch, device),
         checkpoints=checkpoints,
-        evaluate=(lambda network: test_accuracy(network, dataset, device)) if looks else None,
+        evaluate=(lambda network: measured_accuracy(network, spec, device)) if looks else None,
         evaluate_every=student.evaluate_every,
         in_background=is_cuda or training_set.is_mapped,
         group=group,
@@ -255,6 +259,31 @@ def student_loss(config: Config, forward: Forward, batch: StudentBatch, device: 
     )
 
 
+def measured_accuracy(classifier: Classifier, spec: RunSpec, device: torch.device) -> float:
+    """Top-1, 0 to 1, of a student on the images of `evaluate.split`, of the classes that the run has images of.
+
+    `test`: the real test images. `validation`: the last `student.validation_images` real training images of each class,
+    which no synthetic image starts from; the test images are not looked at.
+    """
+    dataset = spec.dataset()
+    if spec.config.evaluate.split is EvaluationSplit.validation:
+        split, rows = "train", reserved_rows(spec)
+    elif spec.config.classes:
+        split, rows = "test", np.flatnonzero(np.isin(dataset.labels("test"), spec.class_ids()))
+    else:
+        return test_accuracy(classifier, dataset, device)
+    labels = dataset.labels(split)[rows]
+    return accuracy(classifier, lambda places: torch.from_numpy(dataset.images(split, rows[places])), labels, device)
+
+
+def reserved_rows(spec: RunSpec) -> np.ndarray:
+    """Real training images that `evaluate.split` keeps for measuring: those that the plan leaves out of each class."""
+    if spec.config.evaluate.split is EvaluationSplit.test:
+        return np.empty(0, dtype=np.int64)
+    by_class, most = spec.dataset().rows_by_class("train"), spec.config.student.validation_images
+    return np.concatenate([by_class[class_id][-most:] for class_id in spec.class_ids()])
+
+
 @dataclass(frozen=True)
 class ValidationSplit:
     """Images that judge a learning rate, and the rows of the training set that a student may see meanwhile."""
@@ -267,7 +296,8 @@ class ValidationSplit:
 def validation_split(spec: RunSpec, training_set: TrainingSet) -> ValidationSplit:
     """The validation images of a run, at most `student.validation_images` of each class.
 
-    `training`: the last real training images of each class, in source order, that no synthetic image started from.
+    `training`: the last real training images of each class, in source order, that no synthetic image started from and
+    that students are not measured on.
     Teachers trained here have seen them, so what is judged is how well a student does on their training data.
     `synthetic`: the last fifth of each class's synthetic images, which the student then does not see; where views are
     mixed, a box of one may still show in a view of another image, as it was labelled.
@@ -283,9 +313,10 @@ def validation_split(spec: RunSpec, training_set: TrainingSet) -> ValidationSpli
 def _real_split(spec: RunSpec, training_set: TrainingSet) -> ValidationSplit:
     dataset, most = spec.dataset(), spec.config.student.validation_images
     used = {image.source_row for unit in training_set.units for image in unit.images}
-    chosen = []
-    for class_id, rows in enumerate(dataset.rows_by_class("train")):
-        free = [row for row in rows.tolist() if row not in used]
+    used |= {*_started_from(spec), *reserved_rows(spec).tolist()}
+    chosen, by_class = [], dataset.rows_by_class("train")
+    for class_id in spec.class_ids():
+        free = [row for row in by_class[class_id].tolist() if row not in used]
         if not free:
             raise InputError(
                 f"student.validation=training: class {dataset.class_names[class_id]!r} has no real training image that "
@@ -300,10 +331,20 @@ def _real_split(spec: RunSpec, training_set: TrainingSet) -> ValidationSplit:
     )
 
 
+def _started_from(spec: RunSpec) -> set[int]:
+    """Real training images that teachers chose for a run's images to start from."""
+    if not needs_starts(spec.config):
+        return set()
+    item = starts_item(spec, Path(spec.run_dir).parents[1] / "artifacts")
+    if not item.is_done:
+        raise PrismError(f"{item.folder}: missing, which real images were chosen; run synthesize again")
+    return {start.row for tiles in Starts.open(item.folder).tiles.values() for start in tiles}
+
+
 def _synthetic_split(spec: RunSpec, training_set: TrainingSet) -> ValidationSplit:
     dataset, most = spec.dataset(), spec.config.student.validation_images
     planned = [image for unit in training_set.units for image in unit.images]
-    members: dict[int, list[tuple[int, int]]] = {class_id: [] for class_id in range(dataset.num_classes)}
+    members: dict[int, list[tuple[int, int]]] = {class_id: [] for class_id in spec.class_ids()}
     for row, image in enumerate(planned):
         members[image.class_id].append((image.index_in_class, row))
     held_out: list[int] = []

@@ -1,28 +1,33 @@
-"""Evaluate: how alike the images of a class are, beside as many real ones."""
+"""Evaluate: how alike the images of a class are, beside as many real ones, and what teachers make of them."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prism_ray.config import LabelKind
+from prism_ray.data.prepared import PreparedDataset
 from prism_ray.ledger import read_table
 from prism_ray.lock import check_epoch
-from prism_ray.methods.metrics import intra_class_cosine
+from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top_k_hits, vendi_score
 from prism_ray.stages.device import deterministic, pick_device, teacher_of
 from prism_ray.stages.views import decode_images
 from prism_ray.storage import to_json
-from prism_ray.work import DIVERSITY, DiversityItem, student_inputs
+from prism_ray.work import DIVERSITY, DIVERSITY_VERSION, DiversityItem, RunSpec, student_inputs
 
 BATCH = 512
+MEASURES = {"cosine": intra_class_cosine, "vendi": vendi_score, "effective_rank": effective_rank}
 
 
 @torch.no_grad()
 def measure_diversity(item: DiversityItem) -> None:
-    """Publish the intra-class cosine similarity of a run's images and of as many first real training images.
+    """Publish how alike a run's images are in each feature space, beside as many first real training images of each of
+    their classes, and how many of them each judge names correctly.
 
-    Features are the pooled ones of a network outside the pool where the recipe names one. NaN, which one image per
-    class gives, is stored as null.
+    NaN, which one image per class gives, is stored as null, like all real values where the data set has no images.
     """
     spec = item.spec
     config, ledger, dataset = spec.config, spec.ledger(), spec.dataset()
@@ -30,23 +35,65 @@ def measure_diversity(item: DiversityItem) -> None:
     if item.is_done:
         return
     device = pick_device(config.compute.gpus_per_train_worker)
-    name = config.evaluate.feature_model or config.teachers.primary
     tables = [read_table(ledger.store, key) for key in sorted(inputs)]
     pixels = np.concatenate([decode_images(table) for table in tables])
     class_ids = np.concatenate([table["label"].to_numpy() for table in tables])
-    largest = int(np.bincount(class_ids).max())
-    rows = np.concatenate([rows[:largest] for rows in dataset.rows_by_class("train")])
-    real_ids = dataset.labels("train")[rows]
-    teacher = teacher_of(spec, name, device)
-
-    def features(pixels: np.ndarray) -> torch.Tensor:
-        parts = [torch.from_numpy(pixels[n : n + BATCH]).to(device).float() / 255 for n in range(0, len(pixels), BATCH)]
-        return torch.cat([teacher.features(part).cpu() for part in parts])
-
+    rows = _real_rows(dataset, class_ids)
+    real, real_ids = dataset.images("train", rows), dataset.labels("train")[rows]
+    spaces = []
     with deterministic(config.compute.threads):
-        mean, std = intra_class_cosine(features(pixels), torch.tensor(class_ids))
-        real_mean, real_std = intra_class_cosine(features(dataset.images("train", rows)), torch.tensor(real_ids))
-    values = {"mean": mean, "std": std, "real_mean": real_mean, "real_std": real_std}
-    cosine = {"feature_model": name, **{key: None if math.isnan(v) else v for key, v in values.items()}}
+        for space, name in _spaces(spec).items():
+            features = _features(spec, name, device)
+            own = _measured(features(pixels), class_ids)
+            beside = _measured(features(real), real_ids) if len(rows) else dict.fromkeys(MEASURES)
+            measures = {key: _named(own[key]) | _named(beside[key], "real_") for key in MEASURES}
+            spaces.append({"space": space, "model": name, **measures})
+        judges = [_judged(spec, name, pixels, class_ids, device) for name in config.evaluate.judges]
+    content = {"version": DIVERSITY_VERSION, "inputs": inputs, "spaces": spaces, "judges": judges}
     check_epoch(ledger.store, spec.epoch)
-    ledger.store.put(DIVERSITY, to_json({"inputs": inputs, "cosine": cosine}))
+    ledger.store.put(DIVERSITY, to_json(content))
+
+
+def _real_rows(dataset: PreparedDataset, class_ids: np.ndarray) -> np.ndarray:
+    """Rows of the first real images of each class that there are images of, as many as of the largest; maybe none."""
+    largest, by_class = int(np.bincount(class_ids).max()), dataset.rows_by_class("train")
+    return np.concatenate([by_class[class_id][:largest] for class_id in np.unique(class_ids)])
+
+
+def _spaces(spec: RunSpec) -> dict[str, str | None]:
+    """The teacher whose features each space has, None for raw pixels; the one that tables show comes first."""
+    config = spec.config
+    primary, feature_model = config.teachers.primary, config.evaluate.feature_model
+    held_out = {"held-out": feature_model} if feature_model not in (None, primary) else {}
+    return {**held_out, "primary": primary, "raw": None}
+
+
+def _features(spec: RunSpec, name: str | None, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    """From pixels (B, C, H, W) uint8 to features (B, D) on the CPU: pooled ones of a teacher, or the pixels' values."""
+    if name is None:
+        return lambda pixels: torch.from_numpy(pixels).flatten(1)
+    teacher = teacher_of(spec, name, device)
+    return lambda pixels: _in_batches(teacher.features, pixels, device)
+
+
+def _measured(features: Tensor, class_ids: np.ndarray) -> dict[str, tuple[float, float]]:
+    return {key: measure(features, torch.tensor(class_ids)) for key, measure in MEASURES.items()}
+
+
+def _named(value: tuple[float, float] | None, prefix: str = "") -> dict[str, float | None]:
+    mean, std = value or (None, None)
+    return {f"{prefix}{name}": None if v is None or math.isnan(v) else v for name, v in (("mean", mean), ("std", std))}
+
+
+def _judged(
+    spec: RunSpec, name: str, pixels: np.ndarray, class_ids: np.ndarray, device: torch.device
+) -> dict[str, Any]:
+    """How many images have their class as a teacher's first answer, and among its first five."""
+    logits = _in_batches(teacher_of(spec, name, device), pixels, device)
+    hits = {f"top{k}_hits": top_k_hits(logits, torch.tensor(class_ids), k=k) for k in (1, 5)}
+    return {"judge": name, "num_images": len(class_ids), **hits}
+
+
+def _in_batches(network: Callable[[Tensor], Tensor], pixels: np.ndarray, device: torch.device) -> Tensor:
+    parts = [torch.from_numpy(pixels[n : n + BATCH]).to(device).float() / 255 for n in range(0, len(pixels), BATCH)]
+    return torch.cat([network(part).cpu() for part in parts])

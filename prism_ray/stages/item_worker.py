@@ -1,11 +1,13 @@
-"""What a training worker does with its share of a list: teachers and students to train, runs to measure."""
+"""What a training worker does with its share of a list: networks to train, real images and runs to measure."""
 
 from prism_ray.stages.data_parallel import ALONE, Group
 from prism_ray.stages.distill import Distiller
 from prism_ray.stages.evaluate import measure_diversity
+from prism_ray.stages.starts import make_starts
+from prism_ray.stages.statistics import make_statistics
 from prism_ray.stages.teach import make_teacher
 from prism_ray.storage import storage_errors
-from prism_ray.work import Item, SearchItem, StudentItem, TeacherItem, scratch_dir
+from prism_ray.work import Item, SearchItem, StartsItem, StatisticsItem, StudentItem, TeacherItem, scratch_dir
 
 
 class ItemWorker:
@@ -19,6 +21,10 @@ class ItemWorker:
         with storage_errors(scratch_dir(item)):
             if isinstance(item, TeacherItem):
                 make_teacher(item)
+            elif isinstance(item, StatisticsItem):
+                make_statistics(item)
+            elif isinstance(item, StartsItem):
+                make_starts(item)
             elif isinstance(item, StudentItem):
                 self._distiller.train(item, group)
             elif isinstance(item, SearchItem):

@@ -4,19 +4,28 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
 
-from prism_ray.config import Engine, images_hash
+from prism_ray.config import Engine, Reduction, images_hash
 from prism_ray.ledger import Receipt
-from prism_ray.methods.inversion.augment import draw_augmentations
-from prism_ray.methods.inversion.engine import invert, to_uint8
-from prism_ray.plan import Unit, statistics_pool, statistics_teachers
+from prism_ray.methods.inversion.augment import crop_areas, draw_augmentations
+from prism_ray.methods.inversion.budgets import entry_iterations
+from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
+from prism_ray.methods.inversion.objective import Guides, Network, Objective
+from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
+from prism_ray.models.classifier import read_extra
+from prism_ray.plan import Unit, guiding_pool, guiding_teachers, statistics_pool
 from prism_ray.schema import IMAGE_COLUMNS, image_schema
+from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, peak_memory_bytes, pick_device, teacher_of
+from prism_ray.stages.initial import Started, open_starts
+from prism_ray.stages.statistics import targets_for
 from prism_ray.work import RunSpec, image_receipt
 
 
@@ -25,83 +34,155 @@ class Made:
     """Images of a unit as stored, and how they came about. Loss terms are None for real images."""
 
     pixels: np.ndarray  # (B, C, H, W) uint8
+    sources: list[str | None]  # names of the real images each one is or started from
     loss_ce: float | None
     loss_bn: float | None
 
 
 class Synthesizer:
-    """Makes the units of one run; holds its plan, its teachers and its real images."""
+    """Makes the units of one run; holds its plan, its teachers and what its images start from."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.config = spec.config
         self.device = pick_device(spec.config.compute.gpus_per_actor)
         self.dataset = spec.dataset()
-        names = dict.fromkeys([spec.config.teachers.primary, *statistics_pool(spec.config)])
-        self._teachers = {name: teacher_of(spec, name, self.device) for name in names}
+        self._teachers = {name: teacher_of(spec, name, self.device) for name in guiding_pool(spec.config)}
+        matched = statistics_pool(spec.config)
+        self._networks = {
+            name: Network(teacher, targets_for(spec, name, teacher, self.device) if name in matched else ())
+            for name, teacher in self._teachers.items()
+        }
+        self._facts = {name: read_extra(Path(spec.teacher_dirs[name])) for name in self._teachers}
+        self._start_of = open_starts(spec)
 
     def compute(self, unit: Unit) -> tuple[pa.Table, Receipt]:
         """The unit's shard and its receipt, lacking what only publishing knows."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         with deterministic(self.config.compute.threads):
-            made = self._invert(unit) if self.config.method.engine is Engine.inversion else self._take_real(unit)
+            made = self._make(unit)
             table = self._table(unit, made)
         receipt = replace(
             image_receipt(unit),
             seconds=time.perf_counter() - started,
             fingerprint=fingerprint(self.device),
             worker={"peak_memory_bytes": peak_memory_bytes()},
-            details={"loss_ce": made.loss_ce, "loss_bn": made.loss_bn, "iterations": unit.iterations},
+            details={
+                "loss_ce": made.loss_ce,
+                "loss_bn": made.loss_bn,
+                "iterations": unit.iterations,
+                "cpu_s": time.process_time() - cpu_started,
+            },
         )
         return table, receipt
 
-    def _take_real(self, unit: Unit) -> Made:
-        rows = np.array([image.source_row for image in unit.images], dtype=np.int64)
-        return Made(self.dataset.images("train", rows), None, None)
+    def _make(self, unit: Unit) -> Made:
+        started = self._start_of(unit)
+        if self.config.method.engine is Engine.inversion:
+            return self._invert(unit, started)
+        return Made(to_uint8(started.pixels).numpy(), started.sources, None, None)
 
-    def _invert(self, unit: Unit) -> Made:
-        method = self.config.method
-        augmentations = draw_augmentations(
-            unit.seed,
+    def _invert(self, unit: Unit, started: Started) -> Made:
+        method, size = self.config.method, self.dataset.image_size
+        areas = crop_areas(
             unit.iterations,
-            size=self.dataset.image_size,
-            crop_area_min=method.crop_area_min,
-            flip_probability=method.flip_probability,
-            roll_max=method.roll_max,
+            curriculum=method.crop_curriculum.name,
+            start=method.crop_area_start,
+            end=method.crop_area_min,
+            milestone=method.crop_milestone,
         )
         result = invert(
-            self._initial(unit).to(self.device),
+            started.pixels.to(self.device),
             torch.tensor([image.class_id for image in unit.images], device=self.device),
-            primary=self.config.teachers.primary,
-            teachers=self._teachers,
-            statistics_teachers=lambda iteration: statistics_teachers(self.config, unit, iteration),
-            num_iterations=unit.iterations,
-            lr=method.lr,
-            adam_betas=(method.adam_betas[0], method.adam_betas[1]),
+            networks=self._networks,
+            guides=lru_cache(maxsize=1)(lambda iteration: self._guides(unit, iteration)),
+            objective=Objective(
+                ce_weight=method.ce_weight,
+                bn_weight=method.bn_weight,
+                first_bn_multiplier=method.first_bn_multiplier,
+                conv_skip_probability=method.conv_skip_probability,
+                class_share=method.class_share,
+                statistics_ema=method.statistics_ema,
+                tv_weight=method.tv_weight,
+                l2_weight=method.l2_weight,
+                eig_weight=method.eig_weight,
+                eig_temperature=method.eig_temperature,
+            ),
+            descent=Descent(
+                num_iterations=unit.iterations,
+                lr=method.lr,
+                adam_betas=(method.adam_betas[0], method.adam_betas[1]),
+                residual_every=None if method.residual_parts == 1 else -(-unit.iterations // method.residual_parts),
+                residual_weight=method.residual_weight,
+                residual_scale=method.residual_scale,
+            ),
             mean=self.dataset.mean,
             std=self.dataset.std,
-            augmentations=augmentations,
+            augmentations=lambda side: draw_augmentations(
+                unit.seed,
+                unit.iterations,
+                size=side,
+                crop_area_min=areas,
+                flip_probability=method.flip_probability,
+                roll_max=round(method.roll_max * side / size),
+            ),
             antialias=method.antialias,
-            bn_weight=method.bn_weight,
-            first_bn_multiplier=method.first_bn_multiplier,
-            count_bn_free_teachers=method.count_bn_free_teachers,
+            seed=seed_for(unit.seed, "layers"),
+            rounds=self._entries(unit),
         )
-        return Made(to_uint8(result.images).cpu().numpy(), result.loss_ce, result.loss_bn)
+        return Made(to_uint8(result.images).cpu().numpy(), started.sources, result.loss_ce, result.loss_bn)
 
-    def _initial(self, unit: Unit) -> torch.Tensor:
-        """What the images start from: pixels (B, C, H, W), outside [0, 1] where noise leaves it."""
-        if unit.images[0].source_row is not None:
-            return torch.from_numpy(self._take_real(unit).pixels).float() / 255
-        shape = (self.dataset.channels, self.dataset.image_size, self.dataset.image_size)
-        # One generator per image, so that an image's noise does not depend on its batch.
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(image.seed)) for image in unit.images]
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.dataset.mean, self.dataset.std))
-        return torch.stack(noise) * std + mean
+    def _entries(self, unit: Unit) -> list[int] | None:
+        """Iteration at which each image enters, None where all enter at once."""
+        if self.config.method.rounds == 1:
+            return None
+        indices = [image.index_in_class for image in unit.images]
+        first, count = (
+            min(indices),
+            len(set(indices)),
+        )  # a class larger than a batch comes in parts, each with all rounds
+        return entry_iterations(
+            [k - first for k in indices],
+            images_per_class=count,
+            iterations=unit.iterations,
+            rounds=min(self.config.method.rounds, count),
+        )
+
+    def _guides(self, unit: Unit, iteration: int) -> Guides:
+        """Teachers of an iteration with their weights."""
+        method, guiding = self.config.method, guiding_teachers(self.config, unit, iteration)
+        accuracies = {name: facts.get("accuracy") or 0.0 for name, facts in self._facts.items()}
+        weighted = method.statistics_reduction is Reduction.weighted
+        if weighted:
+            known = {name: accuracies[name] for name in guiding.logits}
+            logits = accuracy_weights(known, temperature=method.accuracy_temperature)
+        else:
+            logits = dict.fromkeys(guiding.logits, 1 / len(guiding.logits))
+        if not guiding.statistics:
+            return Guides(logits, {})
+        statistics = reduction_weights(
+            guiding.statistics,
+            reduction=method.statistics_reduction.name,
+            matched={name: bool(network.targets) for name, network in self._networks.items()},
+            count_unmatched=method.count_bn_free_teachers,
+            accuracies=accuracies,
+            scales=self._scales() if method.statistics_reduction is Reduction.normalized else {},
+            temperature=method.accuracy_temperature,
+        )
+        return Guides(logits, statistics)
+
+    def _scales(self) -> dict[str, float]:
+        """Each statistics teacher's term on real images, the primary's first where it has one."""
+        scales = {}
+        for name, facts in self._facts.items():  # the primary comes first in the pool of guides
+            if facts.get("bn_distance_first") is not None:
+                first = self.config.method.first_bn_multiplier * facts["bn_distance_first"]
+                scales[name] = first + facts["bn_distance_rest"]
+        return scales
 
     def _table(self, unit: Unit, made: Made) -> pa.Table:
         class_ids = [image.class_id for image in unit.images]
         verdict, confidence = self._verify(made.pixels, class_ids)
         inverted = self.config.method.engine is Engine.inversion
-        image_ids = self.dataset.image_ids("train")
         same = {
             "unit_id": unit.unit_id,
             "method": self.config.method.name,
@@ -122,7 +203,7 @@ class Synthesizer:
                 "class_name": self.dataset.class_names[image.class_id],
                 "index_in_class": image.index_in_class,
                 "seed": image.seed,
-                "source_image_id": None if image.source_row is None else image_ids[image.source_row],
+                "source_image_id": made.sources[n],
                 "verifier_class": verdict[n],
                 "verifier_confidence": confidence[n],
             }
@@ -131,9 +212,9 @@ class Synthesizer:
         return pa.Table.from_pylist(rows, schema=image_schema(IMAGE_COLUMNS, self.dataset.class_names))
 
     def _statistics_teachers(self, unit: Unit) -> list[str]:
-        """Every teacher whose statistics were matched at some iteration, in pool order."""
-        drawn = {name for t in range(unit.iterations) for name in statistics_teachers(self.config, unit, t)}
-        return [name for name in self.config.teachers.pool if name in drawn]
+        """Every teacher whose statistics were matched at some iteration, in the order of their settings."""
+        drawn = {name for t in range(unit.iterations) for name in guiding_teachers(self.config, unit, t).statistics}
+        return [name for name in self.config.teachers.models if name in drawn]
 
     @torch.no_grad()
     def _verify(self, pixels: np.ndarray, class_ids: Sequence[int]) -> tuple[list[int], list[float]]:

@@ -7,25 +7,36 @@ same settings uses the same one. It appears whole or not at all.
 import math
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from prism_ray.data.imagenet_names import class_names_like
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.data.publish import published_folder
 from prism_ray.errors import InputError, within
 from prism_ray.methods.distillation import batch_of_step, hard_loss
+from prism_ray.methods.inversion.matching import Network, observed_distances
 from prism_ray.methods.inversion.objective import num_bn_layers
+from prism_ray.methods.inversion.statistics import targets_of
 from prism_ray.methods.views import ViewParameters, crop_flip, render
 from prism_ray.models.classifier import Classifier, build_classifier, load_classifier, load_timm, save_classifier
+from prism_ray.models.flops import forward_flops
+from prism_ray.models.imagenet_lite import load_imagenet_lite
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device
-from prism_ray.stages.training import Checkpoints, Course, Forward, fit, num_parameters, test_accuracy
+from prism_ray.stages.training import EVALUATION_BATCH, Checkpoints, Course, Forward, fit, num_parameters
 from prism_ray.storage import storage_errors, sync_files, sync_path
+from prism_ray.weights import LITE
 from prism_ray.work import TeacherItem
+
+BN_IMAGES = 100
+"""Real images at most that a teacher's batch-norm statistics are compared with."""
 
 WARM_UP = 0.2
 """Share of the steps over which the learning rate rises; assumed, as usual for one-cycle schedules."""
@@ -43,13 +54,18 @@ def make_teacher(item: TeacherItem) -> None:
             _trained(item, dataset, device) if item.teacher.source == "train" else _adopted(item, dataset, device)
         )
         classifier.eval()
-        accuracy = test_accuracy(classifier, dataset, device)
+        named = _named_as(classifier, dataset, device)
+        first, rest = bn_distances(classifier, dataset, device)
+        flops = forward_flops(classifier, image_size=dataset.image_size, in_chans=dataset.channels)
     facts = {
-        "accuracy": accuracy,
+        "accuracy": _accuracy(named),
+        "order": class_order(named),
         "architecture": classifier.architecture,
         "num_params": num_parameters(classifier),
-        "forward_flops": forward_flops(classifier, dataset, device),
+        "forward_flops": flops,
         "num_bn_layers": num_bn_layers(classifier),
+        "bn_distance_first": first,
+        "bn_distance_rest": rest,
         "class_names_hash": dataset.class_names_hash,
         "dataset": dataset.content_hash,
         "source": item.teacher.source,
@@ -65,12 +81,62 @@ def make_teacher(item: TeacherItem) -> None:
         checkpoint_of(item).unlink(missing_ok=True)
 
 
-def forward_flops(classifier: Classifier, dataset: PreparedDataset, device: torch.device) -> int:
-    """Floating-point operations of one image's forward pass, as torch counts them (a multiply-add is two)."""
-    image = torch.zeros(1, dataset.channels, dataset.image_size, dataset.image_size, device=device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        classifier(image)
-    return counter.get_total_flops()
+@torch.no_grad()
+def bn_distances(
+    classifier: Classifier, dataset: PreparedDataset, device: torch.device
+) -> tuple[float | None, float | None]:
+    """How far real images are from a teacher's batch-norm statistics: D of its first layer, and the sum of the others.
+
+    The scale of the statistics term, see `methods.inversion.matching`. Of the first images of the training split, one
+    of each class before the second of any, without augmentation; None without batch norm or without images.
+    """
+    rows = [int(row) for rank in zip_longest(*dataset.rows_by_class("train")) for row in rank if row is not None]
+    if not rows or not num_bn_layers(classifier):
+        return None, None
+    images = torch.from_numpy(dataset.images("train", rows[:BN_IMAGES])).to(device).float() / 255
+    network = Network(classifier, targets_of(classifier, None, conv=False))
+    with observed_distances(network, stops_when_complete=True) as distances:
+        classifier(images)
+    first = distances.pop(0)
+    return first.item(), sum(d.item() for d in distances.values())
+
+
+@torch.no_grad()
+def _named_as(classifier: Classifier, dataset: PreparedDataset, device: torch.device) -> np.ndarray:
+    """How many held-out images of each class (rows) a classifier takes for each class (columns): int64 (K, K)."""
+    labels, num_classes = dataset.labels("test"), dataset.num_classes
+    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    for start in range(0, len(labels), EVALUATION_BATCH):
+        rows = np.arange(start, min(start + EVALUATION_BATCH, len(labels)))
+        pixels = torch.from_numpy(dataset.images("test", rows)).to(device).float() / 255
+        np.add.at(counts, (labels[rows], classifier(pixels).argmax(dim=1).cpu().numpy()), 1)
+    return counts
+
+
+def _accuracy(named: np.ndarray) -> float | None:
+    """Held-out top-1, 0 to 1; None without images."""
+    return float(np.trace(named) / named.sum()) if named.any() else None
+
+
+def class_order(named: np.ndarray) -> dict[str, Any] | None:
+    """How well a classifier would do if its outputs meant other classes: tells another class order from ignorance.
+
+    Args:
+        named: images of each class (rows) by the class they are taken for (columns), (K, K).
+
+    Returns:
+        The best accuracy over all one-to-one assignments of outputs to classes, and a class with the output that the
+        assignment gives it: of those that differ, the one with most images. None without images, or where no other
+        assignment is better.
+    """
+    classes, outputs = linear_sum_assignment(named, maximize=True)
+    moved = classes != outputs
+    if not moved.any() or named[classes, outputs].sum() <= np.trace(named):
+        return None
+    hits = np.where(moved, named[classes, outputs], -1)
+    pair = int(hits.argmax())
+    matched = float(named[classes, outputs].sum() / named.sum())
+    return {"matched_accuracy": matched, "class": int(classes[pair]), "output": int(outputs[pair])}
 
 
 def checkpoint_of(item: TeacherItem) -> Path:
@@ -151,6 +217,9 @@ def _adopted(item: TeacherItem, dataset: PreparedDataset, device: torch.device) 
     teacher = item.teacher
     if teacher.source.startswith("timm:"):
         classifier = load_timm(teacher.source, allow_pickle=teacher.allow_pickle)
+    elif teacher.source.startswith(LITE):
+        names = class_names_like(dataset.class_names)
+        classifier = load_imagenet_lite(teacher.source, input_size=dataset.image_size, class_names=names)
     else:
         classifier = load_classifier(Path(teacher.source), allow_pickle=teacher.allow_pickle)
     if classifier.num_classes != dataset.num_classes:

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from prism_ray.methods.inversion.matching import Network
+from prism_ray.methods.inversion.statistics import Moments, targets_of
+
 NUM_CLASSES = 5
 
 
@@ -83,6 +86,16 @@ def prepared(network: nn.Module, seed: int) -> nn.Module:
         for parameter in network.parameters():
             parameter.normal_(std=0.4, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+def network_of(module: nn.Module, *, conv: bool = False, patch_size: int | None = None, seed: int = 9) -> Network:
+    """The network with its batch norms' targets; with `conv`, also targets of other, seeded images, class-wise too."""
+    if not conv:
+        return Network(module, targets_of(module, None, conv=False))
+    moments = Moments(module, conv=True, patch_size=patch_size, num_classes=NUM_CLASSES)
+    images, class_ids = images_and_classes(seed, num_images=20)
+    moments.observe(images.to(next(module.parameters())), class_ids)
+    return Network(module, targets_of(module, moments.tensors(), conv=True))
 
 
 def images_and_classes(seed: int, *, num_images: int = 6, size: int = 8, channels: int = 3) -> tuple[Tensor, Tensor]:

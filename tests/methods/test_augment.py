@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from prism_ray.methods.inversion.augment import Augmentations, augment, draw_augmentations
+from prism_ray.methods.inversion.augment import Augmentations, augment, crop_areas, draw_augmentations
 
 ARRAYS = [f.name for f in fields(Augmentations) if f.name != "size"]
 
@@ -102,6 +102,43 @@ def test_crops_follow_the_law_of_torchvision(area_min):
     assert ks_distance(ours.height / ours.width, height / width) < critical
     assert ks_distance(ours.top, top) < critical
     assert ks_distance(ours.left, left) < critical
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "milestone", "expected"),
+    [
+        ("none", 1.0, [0.08, 0.08, 0.08, 0.08]),
+        ("linear", 1.0, [1.0, 0.77, 0.54, 0.31]),
+        ("linear", 0.5, [1.0, 0.54, 0.08, 0.08]),
+        ("linear", 0.0, [0.08, 0.08, 0.08, 0.08]),
+        ("cosine", 1.0, [1.0, 0.54 + 0.46 * 0.5**0.5, 0.54, 0.54 - 0.46 * 0.5**0.5]),
+        ("cosine", 0.5, [1.0, 0.54, 0.08, 0.08]),
+    ],
+)
+def test_the_curriculum_of_crops_has_the_values_of_the_released_program(curriculum, milestone, expected):
+    areas = crop_areas(4, curriculum=curriculum, start=1.0, end=0.08, milestone=milestone)
+    assert areas == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_curriculum_can_also_rise_and_can_have_no_iterations():
+    assert crop_areas(2, curriculum="linear", start=0.2, end=0.6, milestone=1).tolist() == pytest.approx([0.2, 0.4])
+    assert crop_areas(0, curriculum="cosine", start=1, end=0.08, milestone=0.5).shape == (0,)
+
+
+def test_an_unknown_curriculum_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'step': unknown; known: cosine, linear, none"):
+        crop_areas(4, curriculum="step", start=1, end=0.08, milestone=1)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_share_for_each_iteration_is_that_of_its_row_alone():
+    areas = crop_areas(2000, curriculum="linear", start=1.0, end=0.08, milestone=0.5)
+    drawn = draw_augmentations(3, 2000, size=224, crop_area_min=areas, flip_probability=0.5, roll_max=32)
+    late = released(3)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(drawn, name)[1000:], getattr(late, name)[1000:])
+    shares = drawn.height * drawn.width / 224**2
+    assert (shares >= areas * 0.98).all()  # sides are rounded to pixels
+    assert shares[:200].mean() > shares[1000:].mean() + 0.2
 
 
 def test_rolls_are_uniform_from_zero_to_the_largest_inclusive():

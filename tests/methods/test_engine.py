@@ -1,21 +1,25 @@
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.transforms.v2 import functional as tv
 
-from prism_ray.methods.inversion.augment import draw_augmentations
-from prism_ray.methods.inversion.engine import Inversion, invert, to_uint8
+from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations
+from prism_ray.methods.inversion.engine import Descent, Inversion, invert, to_uint8
+from prism_ray.methods.inversion.objective import Guides, Objective, inversion_loss
+from prism_ray.methods.inversion.subsets import draw_statistics_teachers, reduction_weights
 from tests.methods.nets import (
     BnFreeNet,
     ConvBnNet,
     ResidualNet,
     counted_calls,
     images_and_classes,
+    network_of,
     num_hooks,
     prepared,
 )
@@ -35,32 +39,49 @@ def teachers() -> dict[str, nn.Module]:
 
 
 def run(
-    teachers: dict[str, nn.Module], num_iterations: int, *, initial: Tensor | None = None, **changes: Any
+    teachers: dict[str, nn.Module],
+    num_iterations: int,
+    *,
+    initial: Tensor | None = None,
+    primary: str = "primary",
+    statistics_teachers: Callable[[int], Sequence[str]] = lambda iteration: ("primary", "residual"),
+    lr: float = 0.05,
+    adam_betas: tuple[float, float] = (0.5, 0.9),
+    residual: dict[str, Any] | None = None,
+    objective: Objective | None = None,
+    **changes: Any,
 ) -> Inversion:
     """A run of the engine on the standard batch, PRISM's settings but for the changes."""
     images, class_ids = images_and_classes(0, size=SIZE)
     settings: dict[str, Any] = {
-        "primary": "primary",
-        "teachers": teachers,
-        "statistics_teachers": lambda iteration: ("primary", "residual"),
-        "num_iterations": num_iterations,
-        "lr": 0.05,
-        "adam_betas": (0.5, 0.9),
+        "networks": {name: network_of(teacher) for name, teacher in teachers.items()},
+        "guides": lambda t: mean_of(primary, statistics_teachers(t)),
+        "objective": objective or Objective(),
+        "descent": Descent(num_iterations=num_iterations, lr=lr, adam_betas=adam_betas, **(residual or {})),
         "mean": MEAN,
         "std": STD,
         "augmentations": augmentations_of(num_iterations),
         "antialias": False,
-        "bn_weight": 0.01,
-        "first_bn_multiplier": 10.0,
-        "count_bn_free_teachers": True,
+        "seed": 0,
     }
     return invert(images if initial is None else initial, class_ids, **(settings | changes))
 
 
-def augmentations_of(num_iterations: int, *, seed: int = 4, is_identity: bool = False):
+def mean_of(primary: str, names: Sequence[str]) -> Guides:
+    """The primary's logits, and the mean of the statistics of a set."""
+    return Guides({primary: 1.0}, dict.fromkeys(names, 1 / len(names)))
+
+
+def augmentations_of(
+    num_iterations: int, *, seed: int = 4, is_identity: bool = False
+) -> Callable[[int], Augmentations]:
     if is_identity:
-        return draw_augmentations(seed, num_iterations, size=SIZE, crop_area_min=1, flip_probability=0, roll_max=0)
-    return draw_augmentations(seed, num_iterations, size=SIZE, crop_area_min=0.08, flip_probability=0.5, roll_max=3)
+        return lambda size: draw_augmentations(
+            seed, num_iterations, size=size, crop_area_min=1, flip_probability=0, roll_max=0
+        )
+    return lambda size: draw_augmentations(
+        seed, num_iterations, size=size, crop_area_min=0.08, flip_probability=0.5, roll_max=3
+    )
 
 
 def normalized(pixels: Tensor) -> Tensor:
@@ -71,73 +92,71 @@ def states(teachers: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {f"{name}.{key}": v.clone() for name, t in teachers.items() for key, v in t.state_dict().items()}
 
 
-def plain_inversion(teachers, sets, augmentations, *, lr: float, beta1: float, beta2: float) -> Tensor:
-    """The same optimization written down plainly in float64: own Adam, own schedule, own hooks, torchvision's crops."""
-    pixels, class_ids = images_and_classes(0, size=SIZE)
-    mean = torch.tensor(MEAN, dtype=torch.float64).view(1, 3, 1, 1)
-    std = torch.tensor(STD, dtype=torch.float64).view(1, 3, 1, 1)
-    x = (pixels.double() - mean) / std
-    m, v = torch.zeros_like(x), torch.zeros_like(x)
-    for t, names in enumerate(sets):
-        x.requires_grad_(True)
-        box = [int(getattr(augmentations, side)[t]) for side in ("top", "left", "height", "width")]
-        z = tv.resized_crop(x, *box, size=[SIZE, SIZE], antialias=False)
-        z = tv.horizontal_flip(z) if augmentations.flip[t] else z
-        z = torch.roll(z, (int(augmentations.roll_y[t]), int(augmentations.roll_x[t])), dims=(2, 3))
-        loss = F.cross_entropy(teachers["primary"](z * std + mean), class_ids)
-        for name in names:
-            for index, (layer, seen) in enumerate(bn_inputs(teachers[name], z * std + mean)):
-                assert layer.running_mean is not None
-                assert layer.running_var is not None
-                var = ((seen - seen.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3))
-                distance = (var - layer.running_var).norm() + (seen.mean((0, 2, 3)) - layer.running_mean).norm()
-                loss = loss + 0.01 / len(names) * (10 if index == 0 else 1) * distance
-        (g,) = torch.autograd.grad(loss, x)
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
-        step = m / (1 - beta1 ** (t + 1)) / ((v / (1 - beta2 ** (t + 1))).sqrt() + 1e-8)
-        rate = lr * (1 + math.cos(math.pi * t / len(sets))) / 2
-        x = (x.detach() - rate * step).minimum((1 - mean) / std).maximum(-mean / std)
-    return x * std + mean
-
-
-def bn_inputs(network: nn.Module, images: Tensor) -> list[tuple[nn.BatchNorm2d, Tensor]]:
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    seen: dict[nn.Module, Tensor] = {}
-    handles = [layer.register_forward_hook(lambda m, args, _: seen.__setitem__(m, args[0])) for layer in layers]
-    network(images)
-    for handle in handles:
-        handle.remove()
-    return [(layer, seen[layer]) for layer in layers]
-
-
 # --- the optimization ---
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        pytest.param(lambda t: ("primary",), id="single teacher, SRe2L"),
-        pytest.param(lambda t: ("primary", "residual"), id="two teachers"),
-        pytest.param(lambda t: ("primary", "residual", "bn_free"), id="a counted teacher without batch norm"),
-        pytest.param(
-            lambda t: ("primary", "residual") if t // 4 % 2 else ("primary",), id="redrawn every 4 iterations"
-        ),
-    ],
-)
-def test_the_result_is_that_of_a_plain_independent_loop(teachers, draw):
-    num_iterations = 12
-    teachers = {name: network.double() for name, network in teachers.items()}
-    images = run(
-        teachers,
-        num_iterations,
-        initial=images_and_classes(0, size=SIZE)[0].double(),
-        statistics_teachers=draw,
-        adam_betas=(0.6, 0.8),
-    ).images
-    sets = [draw(t) for t in range(num_iterations)]
-    expected = plain_inversion(teachers, sets, augmentations_of(num_iterations), lr=0.05, beta1=0.6, beta2=0.8)
-    # Float64; Adam divides by gradients near 0, which amplifies rounding, hence not closer.
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-9)
+def test_a_set_of_the_primary_alone_is_sre2l_bit_for_bit(teachers):
+    def drawn(t: int) -> tuple[str, ...]:
+        return draw_statistics_teachers("primary", ["residual", "bn_free"], slots=2, probability=0.0, seed=t)
+
+    def prism(t: int) -> Guides:
+        weights = reduction_weights(
+            drawn(t),
+            reduction="mean",
+            matched={"primary": True, "residual": True, "bn_free": False},
+            count_unmatched=True,
+            accuracies={},
+            scales={},
+            temperature=1,
+        )
+        return Guides({"primary": 1.0}, weights)
+
+    alone = {"primary": teachers["primary"]}
+    sre2l = run(alone, 25, statistics_teachers=lambda t: ("primary",), log_every=1)
+    subset = run(teachers, 25, guides=prism, log_every=1)
+    assert torch.equal(sre2l.images, subset.images)
+    assert sre2l.history == subset.history
+
+
+def test_around_the_pool_only_the_active_teacher_runs(teachers):
+    pool = ("primary", "residual", "bn_free")
+    active = [pool[t % 3] for t in range(7)]
+    with (
+        counted_calls(teachers["primary"]) as first,
+        counted_calls(teachers["residual"]) as second,
+        counted_calls(teachers["bn_free"]) as third,
+    ):
+        result = run(teachers, 7, guides=lambda t: Guides({active[t]: 1.0}, {active[t]: 1.0}), log_every=1)
+    assert (len(first), len(second), len(third)) == (3, 2, 2)
+    assert [record.bn == 0 for record in result.history] == [name == "bn_free" for name in active]
+
+
+def test_every_step_has_adams_betas_the_cosines_rate_and_a_state_begun_with_the_batch(teachers):
+    steps = recorded_steps(lambda: (run(teachers, 8, lr=0.4), run(teachers, 8, lr=0.4)))
+    for steps_of_run in (steps[:8], steps[8:]):
+        assert [betas for betas, _, _ in steps_of_run] == [(0.5, 0.9)] * 8
+        rates = [rate for _, rate, _ in steps_of_run]
+        assert rates == pytest.approx([0.2 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])
+        assert rates[0] == 0.4
+        assert rates[4] == pytest.approx(0.2)
+        assert [taken for _, _, taken in steps_of_run] == list(range(8))
+
+
+def recorded_steps(work: Callable[[], Any]) -> list[tuple[tuple[float, float], float, int]]:
+    """Betas, learning rate and steps taken before of every optimizer step inside."""
+    steps = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        (group,) = optimizer.param_groups
+        state = optimizer.state[group["params"][0]]
+        steps.append((group["betas"], group["lr"], int(state["step"]) if state else 0))
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        work()
+    finally:
+        handle.remove()
+    return steps
 
 
 def test_the_first_step_moves_every_pixel_by_the_learning_rate_in_units_of_std(teachers):
@@ -252,27 +271,158 @@ def test_noise_outside_the_box_is_a_valid_start_and_enters_it_at_the_first_step(
 
 
 def test_gray_images_are_optimized_with_one_channel():
-    images, class_ids = images_and_classes(0, size=SIZE, channels=1)
-    teachers = {"primary": prepared(ConvBnNet(in_chans=1), 1)}
-    result = invert(
-        images,
-        class_ids,
-        primary="primary",
-        teachers=teachers,
-        statistics_teachers=lambda _: ["primary"],
-        num_iterations=2,
-        lr=0.05,
-        adam_betas=(0.5, 0.9),
-        mean=[0.3],
-        std=[0.2],
-        augmentations=augmentations_of(2),
-        antialias=False,
-        bn_weight=0.01,
-        first_bn_multiplier=10,
-        count_bn_free_teachers=True,
-    )
+    images, _ = images_and_classes(0, size=SIZE, channels=1)
+    teachers: dict[str, nn.Module] = {"primary": prepared(ConvBnNet(in_chans=1), 1)}
+    result = run(teachers, 2, initial=images, statistics_teachers=lambda _: ("primary",), mean=[0.3], std=[0.2])
     assert result.images.shape == (6, 1, SIZE, SIZE)
     assert not torch.equal(result.images, images)
+
+
+# --- images that enter later ---
+
+
+def test_an_image_that_is_alone_from_the_start_is_optimized_as_in_a_batch_of_its_own(teachers):
+    initial, class_ids = images_and_classes(0, size=SIZE)
+    together = run(teachers, 9, rounds=[9, 0, 9, 9, 9, 9])
+    settings: dict[str, Any] = {"networks": {name: network_of(t) for name, t in teachers.items()}}
+    alone = invert(
+        initial[1:2],
+        class_ids[1:2],
+        **settings,
+        guides=lambda t: mean_of("primary", ("primary", "residual")),
+        objective=Objective(),
+        descent=Descent(num_iterations=9, lr=0.05),
+        mean=MEAN,
+        std=STD,
+        augmentations=augmentations_of(9),
+        antialias=False,
+        seed=0,
+    )
+    assert torch.equal(together.images[1:2], alone.images)
+    assert (together.loss_ce, together.loss_bn) == (alone.loss_ce, alone.loss_bn)
+
+
+def test_images_that_never_enter_stay_as_they_started(teachers):
+    noise = torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    images = run(teachers, 5, initial=noise, rounds=[0, 5, 2, 7, 0, 5]).images
+    for n, entered in enumerate((True, False, True, False, True, False)):
+        assert torch.equal(images[n], noise[n]) != entered
+
+
+def test_a_batch_grows_with_every_round(teachers):
+    with counted_calls(teachers["primary"]) as seen:
+        run(teachers, 7, rounds=[3, 0, 5, 3, 0, 9])
+    assert [len(images) for images in seen] == [2, 2, 2, 4, 4, 5, 5]
+
+
+def test_entering_all_at_once_is_a_plain_run_bit_for_bit(teachers):
+    assert torch.equal(run(teachers, 6, rounds=[0] * 6).images, run(teachers, 6).images)
+
+
+def test_a_group_has_a_state_of_its_own_and_a_cosine_over_the_iterations_left(teachers):
+    steps = recorded_steps(lambda: run(teachers, 8, lr=0.4, rounds=[0, 4, 0, 4, 4, 0]))
+    late = [step for n, step in enumerate(steps[4:]) if n % 2]  # from then on, both groups step in turn
+    assert [rate for _, rate, _ in late] == pytest.approx([0.2 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
+    assert [taken for _, _, taken in late] == [0, 1, 2, 3]
+    early = [*steps[:4], *[step for n, step in enumerate(steps[4:]) if not n % 2]]
+    assert [taken for _, _, taken in early] == list(range(8))
+    assert early[4][1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("changes", [{"rounds": [0, 3, 0, 0, 3, 0]}, {"residual": {"residual_every": 3}}])
+def test_averages_of_statistics_start_anew_when_the_batch_changes(teachers, changes):
+    alone = {"primary": teachers["primary"]}
+    with counted_calls(teachers["primary"]) as seen:
+        result = run(
+            alone,
+            6,
+            statistics_teachers=lambda _: ("primary",),
+            objective=Objective(statistics_ema=0.9),
+            log_every=1,
+            **changes,
+        )
+    plain = [
+        inversion_loss(
+            images,
+            torch.zeros(len(images), dtype=torch.int64),
+            networks={"primary": network_of(teachers["primary"])},
+            guides=mean_of("primary", ("primary",)),
+            objective=Objective(),
+        ).bn.item()
+        for images in seen
+    ]
+    is_plain = [record.bn == pytest.approx(bn, rel=1e-6) for record, bn in zip(result.history, plain, strict=True)]
+    assert is_plain == [True, False, False, True, False, False]
+
+
+# --- data residual ---
+
+
+def test_parts_have_their_sizes_and_the_result_its_own(teachers):
+    with counted_calls(teachers["primary"]) as seen:
+        for num_iterations, sizes in ((7, [6, 6, 6, 8, 8, 8, 6]), (6, [6, 6, 6, 8, 8, 8]), (2, [6, 6])):
+            seen.clear()
+            result = run(teachers, num_iterations, residual={"residual_every": 3, "residual_scale": 0.75})
+            assert [images.shape[-1] for images in seen] == sizes
+            assert result.images.shape[-2:] == (SIZE, SIZE)
+            assert result.images.min() >= 0
+            assert result.images.max() <= 1
+
+
+def test_augmentations_are_asked_for_once_for_each_size_that_occurs(teachers):
+    asked = []
+
+    def augmentations(size: int) -> Augmentations:
+        asked.append(size)
+        return augmentations_of(6)(size)
+
+    run(teachers, 6, residual={"residual_every": 2, "residual_scale": 0.5}, augmentations=augmentations)
+    run(teachers, 6, residual={"residual_every": 2}, augmentations=augmentations)
+    run(teachers, 6, augmentations=augmentations)
+    assert asked == [4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.0])
+def test_between_parts_the_initial_images_are_mixed_in_by_their_weight(teachers, weight):
+    initial, _ = images_and_classes(0, size=SIZE)
+
+    def seen_after_a_part(weight: float) -> Tensor:
+        with counted_calls(teachers["primary"]) as seen:
+            residual = {"residual_every": 3, "residual_weight": weight}
+            run(teachers, 6, residual=residual, augmentations=augmentations_of(6, is_identity=True))
+        return seen[3]
+
+    mixed = (1 - weight) * seen_after_a_part(0.0) + weight * initial
+    torch.testing.assert_close(seen_after_a_part(weight), mixed, rtol=0, atol=1e-6)
+    assert not torch.equal(seen_after_a_part(0.0), initial)
+
+
+def test_the_last_part_is_not_mixed_however_long_it_is(teachers):
+    initial, _ = images_and_classes(0, size=SIZE)
+    for num_iterations in (3, 4, 6):
+        images = run(teachers, num_iterations, residual={"residual_every": 3, "residual_weight": 1.0}).images
+        assert not torch.isclose(images, initial, atol=1e-3).all()
+    whole = run(teachers, 3, residual={"residual_every": 3}).images
+    assert torch.equal(whole, run(teachers, 3).images)
+
+
+def test_without_weight_and_scale_only_adams_state_is_fresh_in_each_part(teachers):
+    residual = {"residual_every": 3, "residual_weight": 0.0, "residual_scale": 1.0}
+    steps = recorded_steps(lambda: run(teachers, 8, residual=residual))
+    plain = recorded_steps(lambda: run(teachers, 8))
+    assert [step[:2] for step in steps] == [step[:2] for step in plain]
+    assert [taken for _, _, taken in steps] == [0, 1, 2, 0, 1, 2, 0, 1]
+
+    def seen(**changes: Any) -> list[Tensor]:
+        with counted_calls(teachers["primary"]) as images:
+            run(teachers, 8, **changes)
+        return images
+
+    parts, whole = seen(residual=residual), seen()
+    assert all(
+        torch.equal(x, y) for x, y in zip(parts[:4], whole[:4], strict=True)
+    )  # the fourth is seen before its step
+    assert not torch.equal(parts[4], whole[4])
 
 
 # --- purity ---
@@ -368,9 +518,9 @@ def test_unknown_teachers_are_refused_with_the_known_names(teachers):
         run(teachers, 1, statistics_teachers=lambda _: ("primary", "other"))
 
 
-def test_a_set_without_batch_norm_is_refused(teachers):
+def test_a_pool_without_batch_norm_is_refused(teachers):
     with pytest.raises(ValueError, match="no batch norm"):
-        run(teachers, 1, statistics_teachers=lambda _: ("bn_free",))
+        run({"bn_free": teachers["bn_free"]}, 1, primary="bn_free", statistics_teachers=lambda _: ("bn_free",))
 
 
 def test_teachers_in_training_mode_or_with_trainable_weights_are_an_assertion(teachers):
@@ -389,9 +539,13 @@ def test_teachers_in_training_mode_or_with_trainable_weights_are_an_assertion(te
         ({"initial": torch.zeros(5, 3, SIZE, SIZE)}, "class_ids"),
         ({"initial": torch.zeros(6, 1, SIZE, SIZE)}, "mean, std: 3 and 3 channels; expected 1"),
         ({"initial": torch.zeros(6, 3, SIZE, SIZE, dtype=torch.uint8)}, "initial: torch.uint8"),
-        ({"initial": torch.zeros(6, 3, SIZE, SIZE + 1)}, "8 x 9 pixels"),
+        ({"initial": torch.zeros(6, 3, SIZE, SIZE + 1)}, "8 x 9 pixels; expected square"),
         ({"std": (0.2, 0.0, 0.2)}, "std="),
         ({"augmentations": augmentations_of(2)}, "num_iterations=3: expected 0 to the 2"),
+        ({"augmentations": lambda size: augmentations_of(3)(16)}, "8 x 8 pixels: augmentations were drawn for 16 x 16"),
+        ({"descent": Descent(num_iterations=-1, lr=0.1)}, "num_iterations=-1"),
+        ({"rounds": [0] * 5}, "rounds: 5 from 0 on; expected one for each of 6 images"),
+        ({"rounds": [1] * 6}, "rounds: 6 from 1 on"),
     ],
 )
 def test_inputs_that_disagree_are_refused(teachers, changes, message):

@@ -1,9 +1,10 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from prism_ray.methods.metrics import intra_class_cosine, top1
+from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top1, top_k_hits, vendi_score
 
 CORNERS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 
@@ -69,3 +70,63 @@ def test_a_class_of_one_image_is_left_out():
 def test_a_feature_of_length_zero_is_similar_to_nothing():
     mean, _ = intra_class_cosine(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.zeros(2, dtype=torch.int64))
     assert mean == 0
+
+
+def test_top_k_counts_the_smaller_id_first_among_equals():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert [top_k_hits(logits, torch.tensor([2, 2]), k=k) for k in (1, 2, 3, 4)] == [0, 0, 2, 2]
+    assert top_k_hits(logits, torch.tensor([3, 0]), k=9) == 2
+
+
+def test_one_hit_of_the_first_answer_is_top1():
+    logits, class_ids = torch.randn(50, 7), torch.randint(7, (50,))
+    assert top_k_hits(logits, class_ids, k=1) == round(50 * top1(logits, class_ids))
+
+
+@pytest.mark.parametrize("measure", [vendi_score, effective_rank])
+def test_orthogonal_images_count_in_full_and_copies_as_one(measure: Callable[..., tuple[float, float]]):
+    apart, alike = 3 * torch.eye(4, 9), torch.randn(1, 9).expand(4, 9)
+    class_ids = torch.tensor([0] * 4 + [6] * 4)
+    assert measure(apart, class_ids[:4]) == pytest.approx((4, 0), abs=1e-9)
+    assert measure(alike, class_ids[:4]) == pytest.approx((1, 0), abs=1e-6)
+    assert measure(torch.cat([apart, alike]), class_ids) == pytest.approx((2.5, 1.5), abs=1e-6)
+    assert measure(torch.randn(2, 3), torch.arange(2)) == pytest.approx((1, 0), abs=1e-9), "one image of each class"
+
+
+def test_vendi_and_rank_of_two_images_are_the_closed_form():
+    """Two images of similarity s: the eigenvalues of their Gram matrix are 1 + s and 1 - s."""
+    s = 0.6
+    features, class_ids = torch.tensor([[1.0, 0.0], [s, 0.8]]), torch.zeros(2, dtype=torch.int64)
+    values = torch.tensor([1 + s, 1 - s], dtype=torch.float64)
+    for measure, weights in ((vendi_score, values), (effective_rank, values.sqrt())):
+        shares = weights / weights.sum()
+        assert measure(features, class_ids)[0] == pytest.approx(math.exp(-(shares * shares.log()).sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("dim", [3, 40])
+def test_vendi_and_rank_agree_with_a_decomposition_of_the_whole_matrix(dim: int):
+    features = torch.randn(12, dim, dtype=torch.float64)
+    units = features / features.norm(dim=1, keepdim=True)
+    eigenvalues, singular = torch.linalg.eigvalsh(units @ units.T / 12), torch.linalg.svdvals(units)
+    for measure, weights in ((vendi_score, eigenvalues), (effective_rank, singular)):
+        shares = weights[weights > 1e-12] / weights[weights > 1e-12].sum()
+        expected = math.exp(-(shares * shares.log()).sum())
+        assert measure(features, torch.zeros(12, dtype=torch.int64))[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_vendi_takes_an_image_of_zero_length_for_unlike_all():
+    features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert vendi_score(features, torch.zeros(3, dtype=torch.int64))[0] == pytest.approx(3)
+
+
+def test_measures_take_pixels_as_they_are_stored():
+    pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8).flatten(1)
+    class_ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    for measure in (intra_class_cosine, vendi_score, effective_rank):
+        assert measure(pixels, class_ids) == pytest.approx(measure(pixels.float() / 255, class_ids), abs=1e-6)
+
+
+@pytest.mark.parametrize("measure", [intra_class_cosine, vendi_score, effective_rank])
+def test_features_without_their_classes_are_refused(measure: Callable[..., tuple[float, float]]):
+    with pytest.raises(ValueError, match=r"expected \(B, D\), \(B,\)"):
+        measure(torch.zeros(3, 2), torch.zeros(2))

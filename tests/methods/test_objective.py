@@ -1,25 +1,23 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prism_ray.methods.inversion.objective import (
-    bn_distance,
-    bn_loss,
-    inversion_loss,
-    num_bn_layers,
-    observed_bn_distances,
-    statistics_loss,
-)
+from prism_ray.methods.inversion.matching import Network, observed_distances
+from prism_ray.methods.inversion.objective import Guides, LossTerms, Objective, inversion_loss, num_bn_layers
+from prism_ray.methods.inversion.regularizers import image_norm, spectrum_divergence, total_variation
+from prism_ray.methods.inversion.statistics import BatchState
+from prism_ray.methods.inversion.subsets import reduction_weights
 from tests.methods.nets import (
     BnFreeNet,
     ConvBnNet,
-    RepeatedNormNet,
     ResidualNet,
     counted_calls,
     images_and_classes,
+    network_of,
     num_hooks,
     prepared,
 )
@@ -42,16 +40,33 @@ def bn_free() -> nn.Module:
     return prepared(BnFreeNet(), 3)
 
 
-def loss_of(images, class_ids, primary, teachers, *, bn_weight=R, first=FIRST, count_bn_free=True):
+def loss_of(images, class_ids, primary, teachers, *, bn_weight=R, first=FIRST, count_bn_free=True) -> LossTerms:
+    """PRISM's loss: the primary's cross-entropy and the mean over a set of teachers, of which some may be the same."""
+    networks = {"primary": Network(primary)} | {str(n): network_of(teacher) for n, teacher in enumerate(teachers)}
+    names = [str(n) for n in range(len(teachers))]
+    weights = reduction_weights(
+        names,
+        reduction="mean",
+        matched={name: bool(networks[name].targets) for name in names},
+        count_unmatched=count_bn_free,
+        accuracies={},
+        scales={},
+        temperature=1,
+    )
     return inversion_loss(
         images,
         class_ids,
-        primary=primary,
-        statistics_teachers=teachers,
-        bn_weight=bn_weight,
-        first_bn_multiplier=first,
-        count_bn_free_teachers=count_bn_free,
+        networks=networks,
+        guides=Guides({"primary": 1.0}, weights),
+        objective=Objective(bn_weight=bn_weight, first_bn_multiplier=first),
     )
+
+
+def term_of(images: Tensor, teacher: nn.Module) -> Tensor:
+    """R of one teacher."""
+    with observed_distances(network_of(teacher)) as distances:
+        teacher(images)
+    return sum((distances[index] for index in range(1, len(distances))), start=FIRST * distances[0])
 
 
 def gradient_of(images: Tensor, class_ids: Tensor, primary: nn.Module, teachers: list[nn.Module], **options):
@@ -94,135 +109,9 @@ class KnownDistance(nn.Module):
         return self.head(self.norm(images[:, :1]).mean(dim=(2, 3)))
 
 
-# --- one layer ---
-
-
-def test_bn_distance_of_one_channel_has_its_golden_value():
-    x = torch.tensor([[1.0, 3], [5, 7]]).view(2, 1, 1, 2)  # mean 4, biased variance 5
-    assert bn_distance(x, torch.tensor([1.0]), torch.tensor([2.0])).item() == 6.0
-
-
-def test_bn_distance_of_two_channels_has_its_golden_value():
-    x = torch.tensor([[0.0, 2, 4, 6], [1, 1, 3, 3]]).view(1, 2, 2, 2)  # means 3, 2 and variances 5, 1
-    assert bn_distance(x, torch.zeros(2), torch.ones(2)).item() == pytest.approx(7.605551, abs=5e-7)
-
-
-def test_bn_distance_matches_what_batch_norm_itself_tracks():
-    x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    norm = nn.BatchNorm2d(3, momentum=1).train()
-    norm(x)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    num_values = 4 * 5 * 6
-    biased_var = norm.running_var * (num_values - 1) / num_values  # what it tracks is unbiased
-    assert bn_distance(x, norm.running_mean, biased_var).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_bn_distance_is_zero_on_own_statistics_with_a_finite_gradient_and_positive_elsewhere():
-    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    var, mean = torch.var_mean(x.detach(), dim=(0, 2, 3), correction=0)
-    distance = bn_distance(x, mean, var)
-    assert distance.item() == 0
-    (gradient,) = torch.autograd.grad(distance, x)
-    assert gradient.isfinite().all()
-    assert bn_distance(x, mean + 1e-3, var) > 0
-    assert bn_distance(x, mean, var + 1e-3) > 0
-
-
-@pytest.mark.parametrize(("num_means", "num_vars"), [(1, 3), (3, 1), (4, 4), (1, 1)])
-def test_statistics_of_another_width_are_refused(num_means, num_vars):
-    with pytest.raises(ValueError, match="expected 3"):
-        bn_distance(torch.zeros(2, 3, 4, 4), torch.zeros(num_means), torch.zeros(num_vars))
-
-
-# --- one network ---
-
-
-def test_every_bn_layer_is_observed_with_its_index_in_traversal_order(auxiliary):
-    images, _ = images_and_classes(0)
-    with observed_bn_distances(auxiliary) as distances:
-        auxiliary(images)
-    assert distances.keys() == {0, 1, 2}
-    x = auxiliary.stem(images)
-    for index, layer in enumerate([auxiliary.shortcut_norm, auxiliary.norm]):
-        assert torch.equal(distances[index], bn_distance(x, layer.running_mean, layer.running_var))
-
-
-def test_stopping_early_observes_the_same_distances_whatever_the_order_of_execution(primary, auxiliary):
-    images, _ = images_and_classes(0)
-    for network in (primary, auxiliary, prepared(RepeatedNormNet(), 0)):
-        with observed_bn_distances(network) as whole:
-            network(images)
-        with observed_bn_distances(network, stops_when_complete=True) as stopped:
-            network(images)
-        assert whole.keys() == stopped.keys()
-        assert all(torch.equal(whole[index], stopped[index]) for index in whole)
-
-
-def test_batch_norms_fused_with_an_activation_are_found_too():
-    from timm.layers.norm_act import BatchNormAct2d
-
-    network = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)), 0)
-    assert num_bn_layers(network) == 1
-    with observed_bn_distances(network) as distances:
-        network(images_and_classes(0)[0])
-    assert list(distances) == [0]
-
-
-def test_num_bn_layers_counts_2d_batch_norms_only(primary, bn_free):
-    assert num_bn_layers(primary) == 2
-    assert num_bn_layers(bn_free) == 0
-    assert num_bn_layers(nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3))) == 0
-
-
-def test_hooks_are_removed_after_an_error_in_the_network(primary):
-    with pytest.raises(RuntimeError), observed_bn_distances(primary):
-        primary(torch.zeros(1, 2, 8, 8))  # the stem expects 3 channels
-    assert num_hooks(primary) == 0
-
-
-def test_hooks_are_removed_after_stopping_early(auxiliary):
-    with observed_bn_distances(auxiliary, stops_when_complete=True):
-        auxiliary(images_and_classes(0)[0])
-        pytest.fail("the forward pass went on after its last batch norm")
-    assert num_hooks(auxiliary) == 0
-
-
-def test_a_bn_layer_without_running_statistics_is_refused_and_leaves_no_hooks():
-    network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False)).eval()
-    with pytest.raises(ValueError, match="layer 1 of Sequential"), observed_bn_distances(network):
-        pass
-    assert num_hooks(network) == 0
-
-
-def test_changing_an_observed_input_in_place_is_an_error_and_not_a_wrong_statistic():
-    class Overwriting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, images: Tensor) -> Tensor:
-            x = images * 1
-            y = self.norm(x)
-            x += 1
-            return y.mean(dim=(2, 3))
-
-    images = images_and_classes(0)[0].requires_grad_()
-    network = prepared(Overwriting(), 0)
-    with observed_bn_distances(network) as distances:
-        network(images)
-    with pytest.raises(RuntimeError, match="inplace"):
-        distances[0].backward()
-
-
-def test_a_forward_pass_without_any_of_its_bn_layers_is_refused():
-    with pytest.raises(ValueError, match="no batch-norm layer ran"):
-        bn_loss({}, first_bn_multiplier=1)
-
-
 def test_the_multiplier_weighs_exactly_the_first_layer_in_traversal_order(auxiliary):
     images, class_ids = images_and_classes(0)
-    with observed_bn_distances(auxiliary) as distances:
+    with observed_distances(network_of(auxiliary)) as distances:
         auxiliary(images)
     once = loss_of(images, class_ids, auxiliary, [auxiliary], first=10)
     twice = loss_of(images, class_ids, auxiliary, [auxiliary], first=20)
@@ -238,7 +127,7 @@ def test_doubling_the_multiplier_of_a_pair_changes_the_loss_by_its_share(primary
     pair = [primary.double(), auxiliary.double()]
     first_terms = torch.zeros(())
     for teacher in pair:
-        with observed_bn_distances(teacher) as distances:
+        with observed_distances(network_of(teacher)) as distances:
             teacher(images)
         first_terms = first_terms + distances[0]
     change = loss_of(images, class_ids, primary, pair, first=20).total - loss_of(images, class_ids, primary, pair).total
@@ -266,12 +155,7 @@ def test_running_the_primary_once_equals_separate_copies(primary, auxiliary):
     x = images.clone().requires_grad_()
     logits_copy, statistics_copy = deepcopy(primary), deepcopy(primary)
     separate = F.cross_entropy(logits_copy(x), class_ids)
-    for teacher in (statistics_copy, auxiliary):
-        with observed_bn_distances(teacher) as distances:
-            teacher(x)
-        separate = separate + R / 2 * (
-            FIRST * distances[0] + sum(distances[index] for index in range(1, len(distances)))
-        )
+    separate = separate + R / 2 * (term_of(x, statistics_copy) + term_of(x, auxiliary))
     (expected_gradient,) = torch.autograd.grad(separate, x)
     shared = loss_of(images, class_ids, primary, [primary, auxiliary]).total
     # Only the order of additions differs.
@@ -314,8 +198,7 @@ def test_a_skipped_bn_free_teacher_changes_nothing(primary, auxiliary, bn_free):
 def test_a_primary_without_bn_is_counted_by_the_flag_like_any_teacher(auxiliary, bn_free, count_bn_free, share):
     images, class_ids = images_and_classes(0)
     terms = loss_of(images, class_ids, bn_free, [bn_free, auxiliary], count_bn_free=count_bn_free)
-    alone = statistics_loss(images, [auxiliary], first_bn_multiplier=FIRST, count_bn_free_teachers=True)
-    assert terms.bn.item() == pytest.approx(share * alone.item(), rel=1e-6)
+    assert terms.bn.item() == pytest.approx(share * term_of(images, auxiliary).item(), rel=1e-6)
     assert torch.equal(terms.ce, F.cross_entropy(bn_free(images), class_ids))
 
 
@@ -393,8 +276,220 @@ def test_a_primary_outside_the_set_gives_logits_only(primary, auxiliary):
     images, class_ids = images_and_classes(0)
     terms = loss_of(images, class_ids, primary, [auxiliary])
     assert torch.equal(terms.ce, F.cross_entropy(primary(images), class_ids))
-    alone = statistics_loss(images, [auxiliary], first_bn_multiplier=FIRST, count_bn_free_teachers=True)
-    assert torch.equal(terms.bn, alone)
+    assert torch.equal(terms.bn, term_of(images, auxiliary))
+
+
+# --- several guides ---
+
+
+@pytest.fixture
+def networks(primary, auxiliary, bn_free) -> dict[str, Network]:
+    return {"a": network_of(primary), "b": network_of(auxiliary), "free": network_of(bn_free)}
+
+
+def guided(networks, logits, statistics, *, seed=0, class_ids=None, **options) -> LossTerms:
+    images, ids = images_and_classes(seed)
+    return inversion_loss(
+        images,
+        ids if class_ids is None else class_ids,
+        networks=networks,
+        guides=Guides(logits, statistics),
+        objective=Objective(**options),
+    )
+
+
+def test_the_objective_is_the_sum_of_its_weighted_parts(networks, primary, auxiliary):
+    images, class_ids = images_and_classes(0)
+    terms = guided(
+        networks,
+        {"a": 0.25, "b": 0.75},
+        {"a": 2.0, "b": 0.5},
+        ce_weight=3.0,
+        bn_weight=0.2,
+        tv_weight=0.1,
+        l2_weight=0.4,
+        eig_weight=0.7,
+        eig_temperature=2.0,
+    )
+    ce = 0.25 * F.cross_entropy(primary(images), class_ids) + 0.75 * F.cross_entropy(auxiliary(images), class_ids)
+    bn = 2.0 * term_of(images, primary) + 0.5 * term_of(images, auxiliary)
+    pair = [torch.tensor([0, 5])]  # the only class with two images
+    prior = 0.1 * total_variation(images) + 0.4 * image_norm(images)
+    prior = prior + 0.7 * spectrum_divergence(images, pair, temperature=2.0)
+    for found, expected in zip(terms, (3 * ce + 0.2 * bn + prior, ce, bn, prior), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_priors_see_the_images_in_units_of_std(networks):
+    images, class_ids = images_and_classes(0)
+    options = {"networks": networks, "guides": Guides({"a": 1.0}, {}), "objective": Objective(l2_weight=1.0)}
+    assert torch.equal(inversion_loss(images, class_ids, **options).prior, image_norm(images))
+    terms = inversion_loss(images, class_ids, normalized=3 * images, **options)
+    assert torch.equal(terms.prior, image_norm(3 * images))
+    assert torch.equal(terms.total, terms.ce + terms.prior)
+
+
+def test_in_the_coupled_form_every_classifier_matters(networks, auxiliary):
+    logits, statistics = {"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}
+    before = guided(networks, logits, statistics)
+    auxiliary.head.weight.neg_()
+    after = guided(networks, logits, statistics)
+    assert torch.equal(before.bn, after.bn)
+    assert not torch.equal(before.ce, after.ce)
+
+
+def test_a_guide_of_weight_zero_is_left_out_and_never_runs(networks, auxiliary):
+    with counted_calls(auxiliary) as calls:
+        terms = guided(networks, {"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0})
+    assert calls == []
+    assert all(torch.equal(x, y) for x, y in zip(terms, guided(networks, {"a": 1.0}, {"a": 1.0}), strict=True))
+
+
+def test_without_statistics_teachers_the_term_is_zero(networks):
+    terms = guided(networks, {"a": 1.0}, {})
+    assert terms.bn.item() == 0
+    assert torch.equal(terms.total, terms.ce)
+
+
+def test_a_draw_of_networks_with_nothing_to_match_adds_nothing(networks, bn_free):
+    with counted_calls(bn_free) as calls:
+        terms = guided(networks, {"a": 1.0}, {"free": 1.0})
+    assert calls == []
+    assert torch.equal(terms.total, guided(networks, {"a": 1.0}, {}).total)
+
+
+def test_one_network_of_a_pool_can_give_both_signals(networks, primary):
+    with counted_calls(primary) as primary_calls:
+        terms = guided(networks, {"b": 1.0}, {"b": 1.0})
+    assert primary_calls == []
+    alone = guided({"b": networks["b"]}, {"b": 1.0}, {"b": 1.0})
+    assert all(torch.equal(x, y) for x, y in zip(terms, alone, strict=True))
+
+
+def test_weights_that_are_equal_are_a_division_as_in_the_released_mean(networks, primary, auxiliary):
+    third = prepared(ConvBnNet(width=9), 5)
+    for seed in range(10):
+        images, _ = images_and_classes(seed)
+        terms = guided({**networks, "c": network_of(third)}, {"a": 1.0}, dict.fromkeys("abc", 1 / 3), seed=seed)
+        expected = (term_of(images, primary) + term_of(images, auxiliary) + term_of(images, third)) / 3
+        assert torch.equal(terms.bn, expected)
+
+
+# --- class-wise shares, averages and skipped layers ---
+
+
+def test_without_a_class_share_class_wise_targets_change_nothing(primary):
+    plain = guided({"a": network_of(primary)}, {"a": 1.0}, {"a": 1.0})
+    network = network_of(primary)
+    poisoned = [
+        replace(
+            t, class_mean=torch.full((5, len(t.mean)), torch.nan), class_var=torch.full((5, len(t.mean)), torch.nan)
+        )
+        for t in network.targets
+    ]
+    others = guided({"a": Network(primary, tuple(poisoned))}, {"a": 1.0}, {"a": 1.0})
+    assert all(torch.equal(x, y) for x, y in zip(plain, others, strict=True))
+
+
+def test_the_class_share_mixes_the_two_distances_linearly(primary):
+    networks = {"a": network_of(primary, conv=True, patch_size=2)}
+    whole, half, none = (guided(networks, {"a": 1.0}, {"a": 1.0}, class_share=share).bn for share in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half, (whole + none) / 2, rtol=1e-6, atol=0)
+    assert whole != none
+
+
+def test_class_wise_statistics_depend_on_the_classes_of_the_images(primary):
+    networks = {"a": network_of(primary, conv=True)}
+    terms = guided(networks, {"a": 1.0}, {"a": 1.0}, class_share=1.0)
+    others = guided(networks, {"a": 1.0}, {"a": 1.0}, class_share=1.0, class_ids=torch.tensor([4, 3, 2, 1, 0, 0]))
+    assert not torch.equal(terms.bn, others.bn)
+
+
+def test_class_wise_statistics_without_targets_are_refused(networks):
+    with pytest.raises(ValueError, match=r"class_share=0\.5.*no class-wise moments"):
+        guided(networks, {"a": 1.0}, {"a": 1.0}, class_share=0.5)
+
+
+def test_averages_go_on_in_the_batchs_state_and_start_with_its_first_statistics(networks):
+    images, class_ids = images_and_classes(0)
+    other, _ = images_and_classes(1)
+
+    def loss(x, state, decay):
+        return inversion_loss(
+            x,
+            class_ids,
+            networks=networks,
+            guides=Guides({"a": 1.0}, {"a": 0.5, "b": 0.5}),
+            objective=Objective(statistics_ema=decay),
+            state=state,
+        ).bn
+
+    state = BatchState(class_ids)
+    assert torch.equal(loss(images, state, 0.4), loss(images, BatchState(class_ids), 0.0))
+    assert not torch.equal(loss(other, state, 0.4), loss(other, BatchState(class_ids), 0.4))
+
+
+def test_skipped_convolutions_are_left_out_and_batch_norms_never(primary):
+    images, class_ids = images_and_classes(0)
+    network = network_of(primary, conv=True, patch_size=2)
+    with observed_distances(network) as distances:
+        primary(images)
+
+    def term(iteration: int, probability: float) -> float:
+        return inversion_loss(
+            images,
+            class_ids,
+            networks={"a": network},
+            guides=Guides({"a": 1.0}, {"a": 1.0}),
+            objective=Objective(conv_skip_probability=probability, first_bn_multiplier=1.0),
+            iteration=iteration,
+            seed=3,
+        ).bn.item()
+
+    convs = (distances[0].item(), distances[2].item())  # the layers are conv, norm, conv, norm
+    norms = (distances[1] + distances[3]).item()
+    sums = [norms + sum(kept) for kept in ((), convs[:1], convs[1:], convs)]
+    found = [min(range(4), key=lambda n: abs(sums[n] - term(t, 0.4))) for t in range(60)]
+    assert all(term(t, 0.4) == pytest.approx(sums[found[t]], rel=1e-5) for t in range(60))
+    assert set(found) == {0, 1, 2, 3}
+    assert term(0, 0.0) == pytest.approx(sums[3], rel=1e-5)
+
+
+def test_a_network_whose_matched_layers_are_all_skipped_adds_nothing(bn_free):
+    network = network_of(bn_free, conv=True)
+    images, class_ids = images_and_classes(0)
+    terms = inversion_loss(
+        images,
+        class_ids,
+        networks={"free": network},
+        guides=Guides({"free": 1.0}, {"free": 1.0}),
+        objective=Objective(conv_skip_probability=1 - 1e-12),
+    )
+    assert terms.bn.item() == 0
+    assert torch.equal(terms.ce, F.cross_entropy(bn_free(images), class_ids))
+
+
+def test_a_network_without_batch_norm_can_be_matched_by_its_convolutions(bn_free):
+    terms = guided({"free": network_of(bn_free, conv=True, patch_size=4)}, {"free": 1.0}, {"free": 1.0})
+    assert terms.bn.item() > 0
+
+
+def test_finite_differences_match_autograd_of_every_term():
+    images, class_ids = images_and_classes(0, num_images=6, size=4)
+    class_ids = class_ids // 2  # two images of each class
+    primary, auxiliary = prepared(ConvBnNet(), 1).double(), prepared(ResidualNet(), 2).double()
+    networks = {"a": network_of(primary, conv=True, patch_size=3), "b": network_of(auxiliary, conv=True, patch_size=2)}
+
+    def total(x: Tensor) -> Tensor:
+        return inversion_loss(
+            x,
+            class_ids,
+            networks=networks,
+            guides=Guides({"a": 0.4, "b": 0.6}, {"a": 1.0, "b": 0.3}),
+            objective=Objective(bn_weight=0.1, class_share=0.3, tv_weight=0.1, l2_weight=0.1),
+        ).total
+
+    assert torch.autograd.gradcheck(total, images.double().requires_grad_(), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 # --- work ---
@@ -426,16 +521,28 @@ def test_an_auxiliary_stops_before_its_last_batch_norm_runs(primary, auxiliary):
     assert outputs == []
 
 
+def test_num_bn_layers_counts_2d_batch_norms_only(primary, bn_free):
+    assert num_bn_layers(primary) == 2
+    assert num_bn_layers(bn_free) == 0
+    assert num_bn_layers(nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3))) == 0
+
+
 # --- refusals ---
 
 
-@pytest.mark.parametrize("count_bn_free", [True, False])
-def test_a_set_without_any_batch_norm_is_refused(primary, bn_free, count_bn_free):
+def test_statistics_are_refused_where_no_network_has_any(bn_free):
     images, class_ids = images_and_classes(0)
     with pytest.raises(ValueError, match=r"BnFreeNet.*no batch norm"):
-        loss_of(images, class_ids, bn_free, [bn_free], count_bn_free=count_bn_free)
-    with pytest.raises(ValueError, match=r"none.*no batch norm"):
-        loss_of(images, class_ids, primary, [], count_bn_free=count_bn_free)
+        loss_of(images, class_ids, bn_free, [bn_free])
+
+
+def test_unknown_guides_are_refused_with_the_known_names(primary):
+    images, class_ids = images_and_classes(0)
+    for guides in (Guides({"other": 1}, {}), Guides({"primary": 1}, {"other": 1})):
+        with pytest.raises(ValueError, match="'other' is unknown; known: primary"):
+            inversion_loss(
+                images, class_ids, networks={"primary": network_of(primary)}, guides=guides, objective=Objective()
+            )
 
 
 def test_an_error_in_a_teacher_leaves_no_hooks(primary, auxiliary):

@@ -220,3 +220,29 @@ def test_the_lines_that_load_the_images_work(make_summary: SummaryMaker, tmp_pat
     assert "PngImageFile" in done.stdout
     assert "circle" in done.stdout
     assert done.stdout.splitlines()[-1] == "6 6"
+
+
+@pytest.mark.parametrize(
+    ("init", "budget", "expected"),
+    [
+        ("real", [3], "Every image started from a real image of shapes"),
+        ("real", [0], "The images are real images of shapes"),
+        ("noise", [3], "Every image started from noise"),
+        ("mosaic", [3], "Every image started from tiles of crops of real images of shapes"),
+        ("mosaic", [0], "Every image is tiles of crops of real images of shapes"),
+        ("generated", [3], "Every image started from an image of another run"),
+    ],
+)
+def test_the_card_says_what_images_started_from(
+    init: str, budget: list[int], expected: str, make_summary: SummaryMaker
+) -> None:
+    card = render_card(make_summary("a", budget=budget, config={"method": {"name": "a", "init": init}}))
+    assert expected in card
+    assert ("Each image was optimized" in card) == any(budget)
+
+
+def test_the_card_says_which_split_students_were_measured_on(make_summary: SummaryMaker) -> None:
+    assert "top-1 on 360 real test images" in render_card(make_summary("a"))
+    card = render_card(make_summary("a", split="validation", num_measured=30))
+    assert "top-1 on 30 real training images kept for validation" in card
+    assert "test images, %" not in card.partition("## How good it is")[2].partition("##")[0]

@@ -14,6 +14,7 @@ from prism_ray.report.format import (
     format_percent,
     format_points,
     spread,
+    wilson_interval,
 )
 
 
@@ -32,6 +33,20 @@ def test_a_single_value_has_no_deviation() -> None:
 def test_what_was_not_measured_does_not_count() -> None:
     assert spread([None, 0.5, float("nan")]) == Spread(0.5, None, 1)
     assert spread([None, float("nan")]) is None
+
+
+@pytest.mark.parametrize(
+    ("hits", "num", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (16, 32, 0.3363, 0.6637)],
+)
+def test_the_interval_of_a_share_is_wilsons(hits: int, num: int, low: float, high: float) -> None:
+    assert wilson_interval(hits, num) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("hits", "num"), [(-1, 3), (4, 3), (0, 0)])
+def test_a_share_of_nothing_has_no_interval(hits: int, num: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 to num"):
+        wilson_interval(hits, num)
 
 
 @pytest.mark.parametrize(

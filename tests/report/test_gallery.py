@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,21 @@ def stored(picture: Picture) -> bytes:
 def test_images_come_by_index_in_class_whatever_shard_they_are_in(tmp_path: Path) -> None:
     late = write_images(tmp_path / "0.parquet", [(1, 3, gray(3)), (0, 2, gray(2))], method="m")
     early = write_images(tmp_path / "1.parquet", [(0, 0, gray(0)), (1, 1, gray(1)), (0, 1, gray(9))], method="m")
-    found = first_images([late, early], num_classes=3, per_class=2)
+    found = first_images([late, early], range(3), per_class=2)
     assert found == [(0, 0, gray(0)), (0, 1, gray(9)), (1, 1, gray(1)), (1, 3, gray(3))]
 
 
 def test_real_images_come_in_source_order(tmp_path: Path) -> None:
     rows = [(class_id, gray(10 * number)) for number, class_id in enumerate([2, 0, 2, 1, 0, 2])]
     paths = [write_real(tmp_path / "0.parquet", rows[:3]), write_real(tmp_path / "1.parquet", rows[3:])]
-    found = first_images(paths, num_classes=3, per_class=2)
+    found = first_images(paths, range(3), per_class=2)
     assert found == [(0, 0, gray(10)), (0, 1, gray(40)), (1, 0, gray(30)), (2, 0, gray(0)), (2, 1, gray(20))]
 
 
 def test_images_are_found_across_row_groups(tmp_path: Path) -> None:
     rows = [(row // 1500, gray(row % 256)) for row in range(3000)]  # row groups of 1,000; class 1 starts in the second
     path = write_real(tmp_path / "0.parquet", rows)
-    found = first_images([path], num_classes=2, per_class=2)
+    found = first_images([path], range(2), per_class=2)
     assert found == [(0, 0, gray(0)), (0, 1, gray(1)), (1, 0, gray(1500 % 256)), (1, 1, gray(1501 % 256))]
 
 
@@ -79,6 +80,18 @@ def test_the_limit_takes_images_of_each_row_before_classes(make_summary: Summary
     tighter = build_gallery([summary], max_bytes=cost - 1)
     assert (len(tighter.classes), tighter.images_per_row) == (2, 1)
     assert tighter.num_classes == 3
+
+
+def test_of_chosen_classes_only_those_have_rows(make_summary: SummaryMaker) -> None:
+    summary = make_summary("a", real_images=[])
+    some = replace(summary, dataset=replace(summary.dataset, class_ids=[2, 0], num_train=0))
+    gallery = build_gallery([some])
+    assert [(entry.name, [row.label for row in entry.rows]) for entry in gallery.classes] == [
+        ("triangle", ["a"]),
+        ("circle", ["a"]),
+    ]
+    assert stored(gallery.classes[0].rows[0].pictures[1]) == gray(90)
+    assert gallery.num_classes == 2
 
 
 def test_many_classes_are_cut(make_summary: SummaryMaker) -> None:

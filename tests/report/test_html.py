@@ -25,7 +25,16 @@ from prism_ray.methods.scores import (
     improvement_over_random,
     label_robust_score,
 )
-from prism_ray.report.contents import Cosine, Quarantined, RunSummary, StudentFacts, StudentResult
+from prism_ray.report.contents import (
+    Cosine,
+    Diversity,
+    Judged,
+    Measured,
+    Quarantined,
+    RunSummary,
+    StudentFacts,
+    StudentResult,
+)
 from prism_ray.report.html import render_report, write_report
 from prism_ray.report.plots import accuracy_plot
 
@@ -110,6 +119,54 @@ def test_a_single_seed_has_no_deviation_and_missing_values_are_dashes(make_summa
         *("real", "all", "6", "50.00n = 1", "–", "0.500", "12.3 kB", "0 B", "–", "–", "–", "–")
     ]
     assert "nan" not in page.lower()
+
+
+def test_diversity_has_a_table_for_each_feature_space(make_summary: SummaryMaker) -> None:
+    measured = Measured(mean=0.5, std=0.25, real_mean=0.75, real_std=0.125)
+    diversity = [
+        Diversity(space="held-out", model="vit", cosine=measured, vendi=Measured(mean=1.5), effective_rank=measured),
+        Diversity(space="raw", cosine=Measured()),
+    ]
+    page = render(make_summary("prism", diversity=diversity), make_summary("other"))
+    own = ["0.500 ± 0.250", "0.750 ± 0.125"]
+    assert tables(page, "diversity")[-1] == ["prism", *own, "1.500", "–", *own]
+    assert "features of vit (held-out)" in page
+    assert "pixels as they are" in page
+    assert not tables(render(make_summary("prism")), "diversity")
+
+
+def test_judges_answers_come_with_their_interval(make_summary: SummaryMaker) -> None:
+    judged = Judged(judge="lite2", num_images=32, top1_hits=16, top5_hits=32)
+    page = render(make_summary("prism", judges=[judged]))
+    assert tables(page, "judges")[-1] == ["prism", "lite2", "32", "50.00", "33.6 to 66.4", "100.00", "89.3 to 100.0"]
+    assert not tables(render(make_summary("prism")), "judges")
+
+
+def test_the_size_of_a_teachers_statistics_term_is_shown_where_it_is_known(make_summary: SummaryMaker) -> None:
+    summary = make_summary("prism")
+    (teacher,) = summary.teachers
+    known = replace(teacher, bn_distance_first=1.25, bn_distance_rest=345.6)
+    bare = replace(teacher, name="alexnet")
+    rows = tables(render(replace(summary, teachers=[known, bare])), "teachers")
+    assert [row[5:7] for row in rows[1:]] == [["1.25", "346"], ["–", "–"]]
+    assert "statistics term" not in "".join(tables(render(summary), "teachers")[0])
+
+
+def test_results_on_a_validation_split_are_not_called_test_results(make_summary: SummaryMaker) -> None:
+    page = render(make_summary("prism", split="validation", num_measured=30))
+    assert "30 real training images kept for validation" in page
+    assert "student top-1 (validation), %" in page
+    assert "top-1 on the real validation images" in page
+    assert "judged on the same 360 real test images" in render(make_summary("prism"))
+
+
+def test_class_names_without_images_can_be_reported(make_summary: SummaryMaker) -> None:
+    summary = make_summary("prism", students=[], student_s=None, real_images=[], cosine=Cosine(mean=0.5, std=0.1))
+    some = replace(summary.dataset, num_train=0, num_test=0, class_ids=[1])
+    page = render(replace(summary, dataset=some, num_measured=0))
+    assert "1 of 3" in page
+    assert "judged on" not in page
+    assert results(page, "prism")[3:7] == ["–", "–", "0.500 ± 0.100", "–"]
 
 
 def test_names_are_shown_and_never_run(make_summary: SummaryMaker) -> None:

@@ -7,6 +7,7 @@ based stream, not from global random states, so iteration t is augmented alike w
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -37,8 +38,41 @@ class Augmentations:
         return len(self.top)
 
 
+def crop_areas(
+    num_iterations: int, *, curriculum: Literal["none", "linear", "cosine"], start: float, end: float, milestone: float
+) -> NDArray[np.float64]:
+    """Smallest share of the area in the crop of each iteration, (iterations,): from `start` to `end`, then `end`.
+
+    Source: CDA (arXiv:2311.18838), released program: from 1 to 0.08, linearly or along half a cosine.
+
+    Args:
+        num_iterations: at least 0.
+        curriculum: "none" is `end` throughout.
+        start: share at iteration 0, 0 to 1.
+        end: likewise, from iteration `milestone * num_iterations` on.
+        milestone: share of the iterations, 0 to 1.
+
+    Raises:
+        ValueError: the curriculum is unknown.
+    """
+    if curriculum not in ("none", "linear", "cosine"):
+        raise ValueError(f"curriculum={curriculum!r}: unknown; known: cosine, linear, none")
+    rise = milestone * num_iterations
+    if curriculum == "none" or rise == 0:
+        return np.full(num_iterations, end, dtype=np.float64)
+    progress = np.minimum(np.arange(num_iterations) / rise, 1)
+    left = 1 - progress if curriculum == "linear" else (1 + np.cos(np.pi * progress)) / 2
+    return end + (start - end) * left
+
+
 def draw_augmentations(
-    seed: int, num_iterations: int, *, size: int, crop_area_min: float, flip_probability: float, roll_max: int
+    seed: int,
+    num_iterations: int,
+    *,
+    size: int,
+    crop_area_min: float | NDArray[np.float64],
+    flip_probability: float,
+    roll_max: int,
 ) -> Augmentations:
     """The augmentations of a whole run of iterations; row t is the same for every `num_iterations` above t.
 
@@ -46,13 +80,15 @@ def draw_augmentations(
         seed: at least 0.
         num_iterations: rows to draw, at least 0.
         size: S, pixels.
-        crop_area_min: smallest share of the area in a crop, 0 to 1; shares are uniform up to 1, where 1 is no crop.
+        crop_area_min: smallest share of the area in a crop, 0 to 1, of all iterations or of each (iterations,);
+            shares are uniform up to 1, where 1 is no crop.
         flip_probability: of a horizontal flip, 0 to 1.
         roll_max: largest roll per axis, pixels, inclusive; may exceed `size`, since a roll wraps.
     """
     generator = np.random.Generator(np.random.Philox(key=seed))
     uniform = generator.random((num_iterations, _NUM_VARIATES))
-    height, width = _crop_sizes(uniform[:, :NUM_TRIES], uniform[:, NUM_TRIES : 2 * NUM_TRIES], size, crop_area_min)
+    area_min = np.broadcast_to(np.asarray(crop_area_min, dtype=np.float64), (num_iterations,))[:, None]
+    height, width = _crop_sizes(uniform[:, :NUM_TRIES], uniform[:, NUM_TRIES : 2 * NUM_TRIES], size, area_min)
     top, left, flip, roll_y, roll_x = uniform[:, 2 * NUM_TRIES :].T
     return Augmentations(
         size=size,
@@ -67,13 +103,13 @@ def draw_augmentations(
 
 
 def _crop_sizes(
-    area: NDArray[np.float64], ratio: NDArray[np.float64], size: int, crop_area_min: float
+    area: NDArray[np.float64], ratio: NDArray[np.float64], size: int, area_min: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Height and width of each iteration's first try that fits.
 
-    `area` and `ratio` are uniform in [0, 1), of shape (iterations, tries).
+    `area` and `ratio` are uniform in [0, 1), of shape (iterations, tries); `area_min` is of shape (iterations, 1).
     """
-    areas = size**2 * (crop_area_min + (1 - crop_area_min) * area)
+    areas = size**2 * (area_min + (1 - area_min) * area)
     ratios = RATIO_MIN * (RATIO_MAX / RATIO_MIN) ** ratio  # log-uniform
     heights, widths = np.rint(np.sqrt(areas / ratios)), np.rint(np.sqrt(areas * ratios))
     fits = (heights >= 1) & (heights <= size) & (widths >= 1) & (widths <= size)

@@ -1,193 +1,192 @@
-"""The objective of inversion: the primary teacher's cross-entropy plus batch-norm statistics of a set of teachers.
+"""The objective of inversion: cross-entropies and statistics of weighted sets of teachers, and priors on the images.
 
-    L(X) = CE(phi_0(X), y) + r * mean_{phi in B} R_phi(X)
-    R_phi(X) = sum_l w_l (||mean_l(X) - RM_l||_2 + ||var_l(X) - RV_l||_2)
+    L(X) = a * sum_phi u_phi CE(phi(X), y) + r * sum_phi v_phi R_phi(X) + priors(X)
 
-over the inputs of phi's BatchNorm2d layers l, with running statistics RM, RV; w is `first_bn_multiplier` for the first
-layer in module-traversal order and 1 for all others. With B = {phi_0} this is SRe2L's objective.
+with R as in `matching`. u = {primary: 1} and v = 1 / |B| over a set B is PRISM's objective; B = {primary} is SRe2L's.
 
-Shapes: B images, C channels, H x W feature map, K classes. Teachers are frozen, in eval mode, pixels -> logits.
-Source: released programs of DeepInversion (arXiv:1912.08795), SRe2L (arXiv:2306.13092), PRISM (arXiv:2511.09905).
-Deviations: a network runs once whatever its roles, one without batch norm never runs for statistics, and a network
-whose logits nobody needs stops after its last batch norm (the same loss for less work); of a layer that runs twice in
-a forward pass, the first input counts.
+Shapes: B images, C channels, H x W pixels, K classes. Teachers are frozen, in eval mode, pixels -> logits.
+Source: released programs of SRe2L (arXiv:2306.13092) and PRISM (arXiv:2511.09905). Deviations: a network runs once
+whatever its roles, one with nothing to match never runs for statistics, and a network whose logits nobody needs stops
+after its last matched layer (the same loss for less work); of a layer that runs twice in a forward pass, the first
+input counts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial, reduce
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prism_ray.methods.inversion.matching import (
+    Network,
+    layer_distance,
+    observed_distances,
+    skipped_layers,
+    statistics_term,
+)
+from prism_ray.methods.inversion.regularizers import image_norm, spectrum_divergence, total_variation
+from prism_ray.methods.inversion.statistics import BatchState, LayerTarget, matched_layers
+
+
+@dataclass(frozen=True)
+class Guides:
+    """Names of networks with their weights, not negative: of their cross-entropies (u), of their statistics (v)."""
+
+    logits: Mapping[str, float]
+    statistics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Weights of the objective; the defaults are PRISM's and SRe2L's. A weight of 0 leaves its prior out."""
+
+    ce_weight: float = 1.0  # a
+    bn_weight: float = 0.01  # r
+    first_bn_multiplier: float = 10.0  # w of a teacher's first matched layer
+    conv_skip_probability: float = 0.0  # that a Conv2d layer is left out of an iteration
+    class_share: float = 0.0  # of D_l, for the mean over classes of their own distances; the rest is the whole batch's
+    statistics_ema: float = 0.0  # decay of the average that is matched instead of the batch's own statistic
+    tv_weight: float = 0.0
+    l2_weight: float = 0.0
+    eig_weight: float = 0.0
+    eig_temperature: float = 4.0
+
 
 class LossTerms(NamedTuple):
-    """Scalars: `total` = `ce` + r * `bn`. `ce` in nats per image; `bn` is the mean over the set, not weighted by r."""
+    """Scalars: `total` = a * `ce` + r * `bn` + `prior`. `ce` in nats per image; `prior` has its weights in it."""
 
     total: Tensor
     ce: Tensor
     bn: Tensor
-
-
-class _AllObserved(Exception):
-    """Ends the forward pass of a network once every batch-norm layer was observed."""
+    prior: Tensor
 
 
 def num_bn_layers(model: nn.Module) -> int:
-    """Number of BatchNorm2d layers in a network; one without any can't serve statistics."""
-    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
-def bn_distance(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    """`||mean(x) - running_mean||_2 + ||var(x) - running_var||_2` of one layer, with the biased variance.
-
-    Args:
-        x: (B, C, H, W), the layer's input.
-        running_mean: (C,).
-        running_var: (C,).
-
-    Raises:
-        ValueError: the statistics have another width than the input (a width of 1 would broadcast in silence).
-    """
-    if not running_mean.shape == running_var.shape == x.shape[1:2]:
-        raise ValueError(
-            f"running statistics of {running_mean.numel()} and {running_var.numel()} channels: expected {x.shape[1]}, "
-            "as many as the input has; use the layer's own"
-        )
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    return torch.linalg.vector_norm(mean - running_mean) + torch.linalg.vector_norm(var - running_var)
-
-
-@contextmanager
-def observed_bn_distances(model: nn.Module, *, stops_when_complete: bool = False) -> Iterator[dict[int, Tensor]]:
-    """`bn_distance` of each BatchNorm2d by its index in module-traversal order, filled by a forward pass inside.
-
-    Distances are taken as soon as an input arrives, so a later in-place operation on it is an autograd error and not a
-    wrong statistic. The hooks are removed on exit and after an error.
-
-    Args:
-        model: network in eval mode.
-        stops_when_complete: leave the block once every layer was observed, before the last of them runs.
-
-    Raises:
-        ValueError: a layer tracks no running statistics.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    distances: dict[int, Tensor] = {}
-
-    def observe(index: int, mean: Tensor, var: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if index not in distances:
-            distances[index] = bn_distance(args[0], mean, var)
-        if stops_when_complete and len(distances) == len(layers):
-            raise _AllObserved
-
-    hooks = []
-    try:
-        for index, layer in enumerate(layers):
-            if layer.running_mean is None or layer.running_var is None:
-                raise ValueError(
-                    f"BatchNorm2d layer {index} of {type(model).__name__} tracks no running statistics, so there is "
-                    "nothing to match; use a network with track_running_stats=True"
-                )
-            hooks.append(
-                layer.register_forward_pre_hook(partial(observe, index, layer.running_mean, layer.running_var))
-            )
-        yield distances
-    except _AllObserved:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def bn_loss(distances: Mapping[int, Tensor], *, first_bn_multiplier: float) -> Tensor:
-    """R_phi of one teacher from its observed distances, summed in module-traversal order.
-
-    Raises:
-        ValueError: there are none, because no batch-norm layer of the network took part in its forward pass.
-    """
-    if not distances:
-        raise ValueError("no batch-norm layer ran in the forward pass; use a teacher whose forward pass has batch norm")
-    weighted = [first_bn_multiplier * d if index == 0 else d for index, d in sorted(distances.items())]
-    return reduce(torch.add, weighted)
-
-
-def statistics_loss(
-    images: Tensor,
-    teachers: Sequence[nn.Module],
-    *,
-    first_bn_multiplier: float,
-    count_bn_free_teachers: bool,
-    known: Mapping[nn.Module, Tensor] | None = None,
-) -> Tensor:
-    """Mean of R_phi over a set of teachers.
-
-    Args:
-        images: (B, C, H, W), pixels.
-        teachers: the set; networks without batch norm are never run.
-        first_bn_multiplier: weight of each teacher's first batch-norm layer.
-        count_bn_free_teachers: divide also by those without batch norm, whose term is 0 (as released).
-        known: R_phi of teachers that ran already.
-
-    Raises:
-        ValueError: no teacher of the set has batch norm.
-    """
-    losses = dict(known or {})
-    matched = [teacher for teacher in teachers if teacher in losses or num_bn_layers(teacher) > 0]
-    if not matched:
-        names = ", ".join(type(teacher).__name__ for teacher in teachers) or "none"
-        raise ValueError(
-            f"statistics teachers ({names}): no batch norm in any of them, so there are no statistics to match; "
-            "add a teacher with batch norm"
-        )
-    for teacher in matched:
-        if teacher not in losses:
-            with observed_bn_distances(teacher, stops_when_complete=True) as distances:
-                teacher(images)
-            losses[teacher] = bn_loss(distances, first_bn_multiplier=first_bn_multiplier)
-    num_counted = len(teachers) if count_bn_free_teachers else len(matched)
-    return reduce(torch.add, [losses[teacher] for teacher in matched]) / num_counted
+    """Number of BatchNorm2d layers in a network."""
+    return len(matched_layers(model, conv=False))
 
 
 def inversion_loss(
     images: Tensor,
     class_ids: Tensor,
     *,
-    primary: nn.Module,
-    statistics_teachers: Sequence[nn.Module],
-    bn_weight: float,
-    first_bn_multiplier: float,
-    count_bn_free_teachers: bool,
+    networks: Mapping[str, Network],
+    guides: Guides,
+    objective: Objective,
+    state: BatchState | None = None,
+    normalized: Tensor | None = None,
+    iteration: int = 0,
+    seed: int = 0,
 ) -> LossTerms:
     """The objective at a batch of (augmented) images, pixels (B, C, H, W), of classes `class_ids` (B,).
 
     Args:
         images: where gradients flow to.
         class_ids: int64, 0 to K - 1.
-        primary: the logit teacher; its statistics count only if it is also among `statistics_teachers`.
-        statistics_teachers: the set B; the same network object runs once, also if it is there under two names.
-        bn_weight: r.
-        first_bn_multiplier: weight of each teacher's first batch-norm layer.
-        count_bn_free_teachers: divide the statistics term also by teachers without batch norm.
+        networks: by name; the same module runs once, also if it is there under two names.
+        guides: a network of weight 0 is left out, one with nothing to match adds 0 to the statistics.
+        objective: weights.
+        state: of the batch, where averages go on; None: a new one.
+        normalized: the same images in units of the data set's standard deviation, as priors see them; None: `images`.
+        iteration: with `seed`, decides which Conv2d layers are skipped.
+        seed: at least 0.
 
     Raises:
-        ValueError: no statistics teacher has batch norm, or a batch-norm layer tracks no running statistics.
+        ValueError: a guide is unknown, or statistics are wanted where no network has anything to match.
     """
-    known: dict[nn.Module, Tensor] = {}
-    if any(teacher is primary for teacher in statistics_teachers) and num_bn_layers(primary) > 0:
-        with observed_bn_distances(primary) as distances:
-            logits = primary(images)
-        known[primary] = bn_loss(distances, first_bn_multiplier=first_bn_multiplier)
-    else:
-        logits = primary(images)
-    ce = F.cross_entropy(logits, class_ids)
-    bn = statistics_loss(
-        images,
-        statistics_teachers,
-        first_bn_multiplier=first_bn_multiplier,
-        count_bn_free_teachers=count_bn_free_teachers,
-        known=known,
+    state = state or BatchState(class_ids)
+    logit_weights, statistics_weights = (
+        {name: weight for name, weight in weights.items() if weight} for weights in (guides.logits, guides.statistics)
     )
-    return LossTerms(ce + bn_weight * bn, ce, bn)
+    asked = {name: _network(name, networks) for name in [*logit_weights, *statistics_weights]}
+    if statistics_weights and not any(network.targets for network in networks.values()):
+        names = ", ".join(type(asked[name].module).__name__ for name in statistics_weights)
+        raise ValueError(
+            f"statistics teachers ({names}): no batch norm in any of them, so there are no statistics to match; "
+            "add a teacher with batch norm"
+        )
+    gives_logits = {asked[name].module for name in logit_weights}
+    matched = {asked[name].module: name for name in reversed(statistics_weights) if asked[name].targets}
+    ces: dict[nn.Module, Tensor] = {}
+    terms: dict[nn.Module, Tensor] = {}
+    for module in dict.fromkeys(network.module for network in asked.values()):
+        if module in matched:
+            name = matched[module]
+            skipped = skipped_layers(
+                asked[name], probability=objective.conv_skip_probability, seed=seed, iteration=iteration, name=name
+            )
+            logits, terms[module] = _observed_run(
+                images, name, asked[name], objective, state, skipped=skipped, needs_logits=module in gives_logits
+            )
+        elif module in gives_logits:
+            logits = module(images)
+        else:
+            continue
+        if module in gives_logits:
+            ces[module] = F.cross_entropy(logits, class_ids)
+    ce = _weighted_sum([(weight, ces[asked[name].module]) for name, weight in logit_weights.items()], images)
+    bn = _weighted_sum(
+        [(weight, terms[asked[name].module]) for name, weight in statistics_weights.items() if asked[name].targets],
+        images,
+    )
+    prior = _prior(images if normalized is None else normalized, objective, state)
+    return LossTerms(objective.ce_weight * ce + objective.bn_weight * bn + prior, ce, bn, prior)
+
+
+def _network(name: str, networks: Mapping[str, Network]) -> Network:
+    if name not in networks:
+        raise ValueError(f"teacher {name!r} is unknown; known: {', '.join(sorted(networks))}")
+    return networks[name]
+
+
+def _observed_run(
+    images: Tensor,
+    name: str,
+    network: Network,
+    objective: Objective,
+    state: BatchState,
+    *,
+    skipped: frozenset[int],
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """Logits and R of one forward pass; without `needs_logits`, it stops early and they are not to be used."""
+
+    def distance(index: int, x: Tensor, target: LayerTarget) -> Tensor:
+        def averaged(kind: str, statistic: Tensor) -> Tensor:
+            return state.averaged((name, index, kind), statistic, decay=objective.statistics_ema)
+
+        return layer_distance(x, target, class_share=objective.class_share, state=state, averaged=averaged)
+
+    logits, term = images.new_zeros(()), images.new_zeros(())
+    all_skipped = len(skipped) == len(network.targets)
+    with observed_distances(network, distance, skipped=skipped, stops_when_complete=not needs_logits) as distances:
+        if needs_logits or not all_skipped:
+            logits = network.module(images)
+    if not all_skipped:
+        term = statistics_term(distances, first_bn_multiplier=objective.first_bn_multiplier)
+    return logits, term
+
+
+def _weighted_sum(weighted: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
+    if not weighted:
+        return like.new_zeros(())
+    weights, values = zip(*weighted, strict=True)
+    if len(set(weights)) == 1:  # 1 / (1 / n) is n: the released mean, bit for bit
+        return reduce(torch.add, values) / (1 / weights[0])
+    return reduce(torch.add, [weight * value for weight, value in weighted])
+
+
+def _prior(images: Tensor, objective: Objective, state: BatchState) -> Tensor:
+    prior = images.new_zeros(())
+    if objective.tv_weight:
+        prior = prior + objective.tv_weight * total_variation(images)
+    if objective.l2_weight:
+        prior = prior + objective.l2_weight * image_norm(images)
+    if objective.eig_weight:
+        groups = [rows for _, rows in state.groups]
+        divergence = spectrum_divergence(images, groups, temperature=objective.eig_temperature)
+        prior = prior + objective.eig_weight * divergence
+    return prior

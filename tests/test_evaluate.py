@@ -1,0 +1,151 @@
+"""What is measured of a run: likeness in every feature space, judges, and students on the split that is asked for."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prism_ray import cli
+from prism_ray.config import EvaluationSplit, LabelKind
+from prism_ray.inspection import open_existing
+from prism_ray.ledger import read_table
+from prism_ray.lock import newest_epoch
+from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top1, vendi_score
+from prism_ray.models.classifier import load_classifier
+from prism_ray.stages.device import deterministic, teacher_of
+from prism_ray.stages.distill import Distiller, measured_accuracy, reserved_rows, validation_split
+from prism_ray.stages.evaluate import measure_diversity
+from prism_ray.stages.student_batches import read_training_set
+from prism_ray.stages.views import decode_images
+from prism_ray.storage import open_store
+from prism_ray.work import DISTILL, DIVERSITY, DiversityItem, RunSpec, StudentItem, student_inputs
+
+CPU = torch.device("cpu")
+SMOKE = [
+    "recipe=digits_smoke",
+    "compute=inline",
+    "evaluate.feature_model=convnet",
+    "evaluate.judges=[convnet,vgg]",
+    "evaluate.split=validation",
+    "student.validation_images=3",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with the images and labels of a run that is measured on validation images."""
+    storage = tmp_path_factory.mktemp("measured")
+    stages = "stages=[prepare,teach,synthesize,relabel,evaluate]"
+    assert cli.main(["run", *SMOKE, stages, f"storage={storage}"]) == 0
+    return storage
+
+
+@pytest.fixture
+def spec(finished: Path, tmp_path: Path) -> RunSpec:
+    """That run in a copy of its own, as its workers see it."""
+    storage = shutil.copytree(finished, tmp_path / "outputs")
+    spec = open_existing(cli.compose([*SMOKE, f"storage={storage}"])).spec()
+    return replace(spec, epoch=newest_epoch(open_store(spec.run_dir)))
+
+
+def stored_images(spec: RunSpec) -> tuple[np.ndarray, torch.Tensor]:
+    """Pixels and class ids of a run's images."""
+    store = spec.ledger().store
+    tables = [read_table(store, key) for key in sorted(student_inputs(spec.ledger(), LabelKind.hard))]
+    class_ids = np.concatenate([table["label"].to_numpy() for table in tables])
+    return np.concatenate([decode_images(table) for table in tables]), torch.tensor(class_ids)
+
+
+def measured(spec: RunSpec) -> dict:
+    return json.loads(Path(spec.run_dir, DIVERSITY).read_text())
+
+
+def test_diversity_is_measured_in_every_feature_space_beside_as_many_real_images(spec: RunSpec) -> None:
+    pixels, class_ids = stored_images(spec)
+    dataset = spec.dataset()
+    rows = np.concatenate([rows[:2] for rows in dataset.rows_by_class("train")])
+    real, real_ids = dataset.images("train", rows), torch.tensor(dataset.labels("train")[rows])
+    found = {space["space"]: space for space in measured(spec)["spaces"]}
+    assert {space: entry["model"] for space, entry in found.items()} == {
+        "held-out": "convnet",
+        "primary": "vgg",
+        "raw": None,
+    }
+    for entry in found.values():
+        for name, measure in (
+            ("cosine", intra_class_cosine),
+            ("vendi", vendi_score),
+            ("effective_rank", effective_rank),
+        ):
+            for prefix, images, ids in (("", pixels, class_ids), ("real_", real, real_ids)):
+                values = torch.from_numpy(images)
+                if entry["model"] is not None:
+                    with deterministic(1), torch.no_grad():
+                        values = teacher_of(spec, entry["model"], CPU).features(values.float() / 255)
+                mean, std = measure(values.flatten(1), ids)
+                assert entry[name][f"{prefix}mean"] == pytest.approx(mean, abs=1e-6), (entry["space"], name)
+                assert entry[name][f"{prefix}std"] == pytest.approx(std, abs=1e-6)
+
+
+def test_judges_are_asked_about_every_stored_image(spec: RunSpec) -> None:
+    pixels, class_ids = stored_images(spec)
+    for judged in measured(spec)["judges"]:
+        with deterministic(1), torch.no_grad():
+            logits = teacher_of(spec, judged["judge"], CPU)(torch.from_numpy(pixels).float() / 255)
+        assert judged["num_images"] == 20
+        assert judged["top1_hits"] == round(20 * top1(logits, class_ids))
+        assert judged["top5_hits"] == int((logits.topk(5).indices == class_ids[:, None]).any(dim=1).sum())
+    assert [judged["judge"] for judged in measured(spec)["judges"]] == ["convnet", "vgg"]
+
+
+def test_measures_of_an_older_version_are_made_again(spec: RunSpec) -> None:
+    before, item = measured(spec), DiversityItem(spec)
+    assert item.is_done
+    Path(spec.run_dir, DIVERSITY).write_text(json.dumps({"inputs": before["inputs"], "cosine": {"mean": 0.5}}))
+    assert not item.is_done
+    measure_diversity(item)
+    assert measured(spec) == before
+
+
+def test_no_image_starts_from_one_that_students_are_measured_on(spec: RunSpec) -> None:
+    reserved = reserved_rows(spec)
+    assert reserved.tolist() == np.concatenate([rows[-3:] for rows in spec.dataset().rows_by_class("train")]).tolist()
+    assert not {image.source_row for unit in spec.units() for image in unit.images} & set(reserved.tolist())
+
+
+def test_a_validation_split_is_measured_without_the_test_images(spec: RunSpec) -> None:
+    for path in spec.dataset().paths("test"):
+        path.write_bytes(b"nobody reads this")
+    looks = replace(spec.config, student=replace(spec.config.student, evaluate_every=5))
+    item = StudentItem(replace(spec, config=looks), 0, LabelKind.soft)
+    Distiller().train(item)
+    receipt = spec.ledger().receipt(DISTILL, item.name)
+    assert receipt is not None
+    rows = reserved_rows(spec)
+    student = load_classifier(Path(spec.run_dir, "student", item.name)).eval()
+    with deterministic(1), torch.no_grad():
+        logits = student(torch.from_numpy(spec.dataset().images("train", rows)).float() / 255)
+    assert receipt.details["top1"] == top1(logits, torch.tensor(spec.dataset().labels("train")[rows]))
+
+
+def test_learning_rates_are_judged_on_other_images_than_students(spec: RunSpec) -> None:
+    keys = student_inputs(spec.ledger(), LabelKind.hard)
+    split = validation_split(spec, read_training_set(spec, keys))
+    rows = np.concatenate([rows[-6:-3] for rows in spec.dataset().rows_by_class("train")])
+    assert np.array_equal(split.pixels(np.arange(30)).numpy(), spec.dataset().images("train", rows))
+
+
+def test_a_run_of_some_classes_is_measured_on_those(spec: RunSpec) -> None:
+    config = replace(
+        spec.config, classes=["3", "5"], evaluate=replace(spec.config.evaluate, split=EvaluationSplit.test)
+    )
+    dataset, teacher = spec.dataset(), teacher_of(spec, "vgg", CPU)
+    own = np.flatnonzero(np.isin(dataset.labels("test"), [3, 5]))
+    with deterministic(1), torch.no_grad():
+        logits = teacher(torch.from_numpy(dataset.images("test", own)).float() / 255)
+        accuracy = measured_accuracy(teacher, replace(spec, config=config), CPU)
+    assert accuracy == top1(logits, torch.tensor(dataset.labels("test")[own]))
