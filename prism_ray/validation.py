@@ -195,7 +195,8 @@ def _check_real_images(config: Config) -> None:
         f"method.init={method.init.name}": method.init in (Init.real, Init.mosaic),
         f"method.class_share={method.class_share}": method.class_share > 0,
         "method.conv_statistics=true": method.conv_statistics,
-        "method.statistics_reduction=normalized": method.statistics_reduction is Reduction.normalized,
+        f"method.statistics_reduction={method.statistics_reduction.name}": method.statistics_reduction
+        in (Reduction.normalized, Reduction.weighted),
     }
     for name, teacher in config.teachers.models.items():
         reasons[f"teachers.models.{name}.source=train"] = teacher.source == "train"

@@ -317,6 +317,7 @@ NAMES_ALONE = ["recipe=imagenet_lite", "method=prism_released", "method.init=noi
         ("method.class_share=0.5", "method.class_share=0.5"),
         ("method.conv_statistics=true", "method.conv_statistics=true"),
         ("method.statistics_reduction=normalized", "method.statistics_reduction=normalized"),
+        ("method.statistics_reduction=weighted", "method.statistics_reduction=weighted"),
         ("teachers.models.new={arch: prism_vgg}", "teachers.models.new.source=train"),
         ("stages=[]", "stages: distill"),
         ("stages=[synthesize,distill]", "stages: distill"),
