@@ -313,7 +313,7 @@ class MethodConfig:
     engine: Engine = setting(Engine.inversion, doc="how images are made")
 
     init: Init = setting(Init.real, doc="what an optimized image starts from")
-    init_run: str | None = setting(None, doc="for init generated: name of a run in this storage")
+    init_run: str | None = setting(None, doc="for init generated: name of a run in this storage", check=plain_name)
     selection: Selection = setting(Selection.first, doc="which real images are taken")
     judges: Judges = setting(Judges.primary, doc="who selects real images and crops")
     mosaic_tiles: int = setting(2, doc="tiles along a side of a mosaic", check=at_least_one)

@@ -121,6 +121,11 @@ def _check_roles(config: Config) -> None:
             f"method.statistics_reduction=normalized: rescales to the primary's statistics, and {teachers.primary!r} "
             "has no batch norm; choose another primary, or statistics_reduction=mean"
         )
+    if method.statistics_reduction is Reduction.normalized and method.conv_statistics:
+        raise InputError(
+            "method.statistics_reduction=normalized: rescales by the size of batch-norm statistics, and "
+            "method.conv_statistics=true adds others to them; leave one out"
+        )
     if method.conv_statistics:
         return
     if role is StatisticsRole.fixed and not any(has_bn[name] for name in fixed):

@@ -104,6 +104,7 @@ SETTINGS: list[tuple[str, list[str], list[str]]] = [
     ("32 unknown scheme of storage", ["storage=ftp://host/x"], ["storage='ftp://host/x'", "file://"]),
     ("32 unknown scheme of data", ["dataset=image_folder", "dataset.path=foo://x"], ["dataset.path='foo://x'"]),
     ("35 run outside the storage", ["run_id=../x"], ["run_id=../x", "letters"]),
+    ("35 start outside the storage", ["method.init=generated", "method.init_run=../x"], ["init_run=../x", "letters"]),
     ("35 absolute run", ["run_id=/etc/x"], ["run_id=/etc/x", "letters"]),
     ("35 teacher name that is a path", ["teachers.models.a/b.arch=prism_vgg"], ["teachers.models.a/b", "key=value"]),
     ("35 data set name that is a path", ["dataset.name=../../x"], ["dataset.name=../../x", "letters"]),

@@ -254,8 +254,8 @@ def test_real_images_need_no_batch_norm_and_no_auxiliary() -> None:
             ["method.statistics_reduction=normalized", "'vgg'"],
         ),
         (
-            "method.statistics_reduction=normalized method.conv_statistics=true teachers.models.vgg.batch_norm=false",
-            ["method.statistics_reduction=normalized", "'vgg'"],
+            "method.statistics_reduction=normalized method.conv_statistics=true",
+            ["method.statistics_reduction=normalized", "method.conv_statistics=true"],
         ),
         ("method=random_real method.selection=herding", ["method.selection=herding", "engine=initial"]),
         ("method.init=generated", ["method.init=generated", "method.init_run=null", "name of a run"]),

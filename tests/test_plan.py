@@ -14,9 +14,15 @@ from prism_ray.plan import (
     Unit,
     check_size,
     check_statistics,
+    guiding_pool,
     guiding_teachers,
     label_teachers,
+    needs_starts,
+    needs_statistics_pass,
     plan_units,
+    selecting,
+    statistics_pool,
+    takes_rows,
     used_teachers,
 )
 
@@ -237,7 +243,7 @@ def changes_over(cadence: str) -> tuple[int, int]:
 
 
 def test_teachers_are_drawn_again_exactly_when_the_cadence_says() -> None:
-    assert changes_over("slice") == (1, 1)
+    assert changes_over("run") == changes_over("slice") == (1, 1)
     across, within = changes_over("batch")
     assert (across > 1, within) == (True, 1)
     assert changes_over("every_n")[1] > 1
@@ -363,6 +369,104 @@ def test_a_plan_in_which_some_draw_has_nothing_to_match_is_refused(overrides: li
 def test_a_plan_in_which_every_draw_has_something_to_match_is_accepted(overrides: list[str]) -> None:
     wanted = config(*overrides, NO_BN)
     check_statistics(wanted, plan_units(wanted, rows(10, 6)))
+
+
+ROLES = ["fixed", "bernoulli_slots", "auxiliary_slots", "k_subset", "active", "all"]
+
+
+def drawn_over(*overrides: str, per_class: int = 30, batch_size: int = 10) -> list[tuple[Unit, list[tuple[str, ...]]]]:
+    """Every unit of images from noise with the statistics teachers of its first six iterations."""
+    sizes = [f"images_per_class={per_class}", f"method.batch_size={batch_size}"]
+    wanted = config(*POOL, "method.init=noise", *sizes, *overrides)
+    units = plan_units(wanted, rows(10, 1))
+    return [(unit, [guiding_teachers(wanted, unit, t).statistics for t in range(6)]) for unit in units]
+
+
+@pytest.mark.parametrize("role", ["bernoulli_slots", "auxiliary_slots", "k_subset"])
+def test_who_is_drawn_is_constant_within_a_slice_or_changes_within_it_as_the_cadence_says(role: str) -> None:
+    def most_within_a_slice(cadence: str) -> int:
+        found: dict[int, set[tuple[str, ...]]] = {}
+        settings = [f"method.statistics_role={role}", f"method.cadence={cadence}", "method.cadence_every=3"]
+        for unit, drawn in drawn_over(*settings, batch_size=2):
+            found.setdefault(unit.slice_index, set()).update(drawn)
+        assert (len(set.union(*found.values())) > 1) == (cadence != "run")
+        return max(len(drawn) for drawn in found.values())
+
+    assert most_within_a_slice("run") == most_within_a_slice("slice") == 1
+    for cadence in ("batch", "every_n", "iteration"):
+        assert most_within_a_slice(cadence) > 1
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "active"])
+def test_who_guides_a_slice_does_not_depend_on_how_it_is_cut_into_batches(role: str) -> None:
+    whole, cut = (
+        {(unit.slice_index, drawn[0]) for unit, drawn in drawn_over(f"method.statistics_role={role}", batch_size=size)}
+        for size in (10, 3)
+    )
+    assert whole == cut
+
+
+def test_strict_draws_are_those_with_the_primary_without_it() -> None:
+    for (_, both), (_, alone) in zip(drawn_over(), drawn_over("method.statistics_role=auxiliary_slots"), strict=True):
+        assert alone[0] == both[0][1:] or (both[0] == ("vgg",) and len(alone[0]) == 1)
+
+
+@pytest.mark.parametrize("logits", ["primary", "active", "drawn"])
+@pytest.mark.parametrize("role", ROLES)
+def test_exactly_the_teachers_that_may_guide_are_needed(role: str, logits: str) -> None:
+    wanted = config(
+        *POOL,
+        "method.init=noise",
+        f"method.statistics_role={role}",
+        f"method.logit_role={logits}",
+        "method.cadence=iteration",
+        "images_per_class=30",
+    )
+    units = plan_units(wanted, rows(10, 1))
+    guides = [guiding_teachers(wanted, unit, t) for unit in units for t in range(unit.iterations)]
+    matched = {name for guiding in guides for name in guiding.statistics}
+    assert matched == set(statistics_pool(wanted))
+    assert matched | {name for guiding in guides for name in guiding.logits} | {"vgg"} == set(guiding_pool(wanted))
+    assert set(guiding_pool(wanted)) <= set(used_teachers(wanted))
+
+
+@pytest.mark.parametrize(
+    ("method", "rows_in_plan", "starts", "measured", "judges"),
+    [
+        ("prism_released", True, False, False, []),
+        ("sre2l", False, False, False, []),
+        ("random_real", True, False, False, []),
+        ("rded", False, True, False, ["vgg"]),
+        ("delt", False, True, False, ["vgg"]),
+        ("edc", False, True, True, ["vgg", "convnet"]),
+        ("gvbsm", False, False, True, []),
+        ("lpld", False, False, True, []),
+    ],
+)
+def test_a_method_asks_for_exactly_the_passes_over_real_images_that_it_uses(
+    method: str, rows_in_plan: bool, starts: bool, measured: bool, judges: list[str]
+) -> None:
+    wanted = config(f"method={method}")
+    found = (takes_rows(wanted), needs_starts(wanted), needs_statistics_pass(wanted), selecting(wanted))
+    assert found == (rows_in_plan, starts, measured, judges)
+    assert {i.source_row is not None for u in plan_units(wanted, rows(10, 6)) for i in u.images} == {rows_in_plan}
+
+
+@pytest.mark.parametrize("plan", ["cross_class", "class_major", "single_class"])
+def test_chosen_classes_keep_the_seeds_and_sources_they_have_among_all(plan: str) -> None:
+    every = {image.image_id: image for unit in plan_units(config(), rows(10, 6)) for image in unit.images}
+    chosen = [i for u in plan_units(config(f"method.batch_plan={plan}"), rows(10, 6), [7, 2, 4]) for i in u.images]
+    assert {image.class_id for image in chosen} == {2, 4, 7}
+    assert all(every[image.image_id] == image for image in chosen)
+
+
+def test_a_class_that_is_not_chosen_may_lack_real_images() -> None:
+    source = [[0, 1], [2, 3, 4], []]
+    assert len(pairs(plan_units(config(), source, [0, 1]))) == 4
+    everything = plan_units(config("method=real_kth", "images_per_class=null"), source, [1])
+    assert [image.source_row for unit in everything for image in unit.images] == [2, 3, 4]
+    with pytest.raises(InputError, match="class 2 has only 0 real"):
+        plan_units(config(), source, [1, 2])
 
 
 def test_images_are_made_of_the_chosen_classes_alone() -> None:

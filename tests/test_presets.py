@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import SMOKE, products
+from PIL import Image
 
 from prism_ray import cli
 from prism_ray.cli.files import CONF, group_names
@@ -139,3 +140,30 @@ def test_a_start_that_is_missing_too_small_or_changed_is_refused(
     capsys.readouterr()
     assert cli.main(["run", *begun]) == 2
     assert f"began with images of run {start.name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["dataset.image_size=8"], "of shape (1, 16, 16), those of this run of (1, 8, 8)"),
+        (["dataset=image_folder", "dataset.channels=1", "dataset.image_size=16"], "its class 0 is '0'"),
+    ],
+    ids=["another size", "other classes"],
+)
+def test_a_start_of_another_data_set_is_refused(
+    overrides: list[str], said: str, fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        for k in range(4):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), 30 * k).save(tmp_path / "data" / name / f"{k}.png")
+    start = synthesized(fresh, "method=sre2l")
+    capsys.readouterr()
+    data = [f"dataset.path={tmp_path}/data"] if "dataset=image_folder" in overrides else []
+    settings = ["method=rded", "method.init=generated", f"method.init_run={start.name}", *overrides, *data]
+    cheap = ["teach.epochs=1", "teachers.min_accuracy=0"]
+    assert cli.main(["run", *SMOKE, STAGES, f"storage={fresh}", *settings, *cheap]) == 2
+    refusal = capsys.readouterr().err
+    assert said in refusal
+    assert refusal.startswith(f"prism-ray: method.init_run={start.name}: ")
+    assert refusal.count("\n") == 1

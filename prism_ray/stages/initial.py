@@ -69,7 +69,7 @@ class _Generated:
 
     def __init__(self, spec: RunSpec) -> None:
         method = spec.config.method
-        self._name, size = method.init_run, spec.dataset().image_size
+        self._name, size, own_names = method.init_run, spec.dataset().image_size, spec.dataset().class_names
         ledger = started_from(spec)
         self._pixels: dict[tuple[int, int], np.ndarray] = {}
         for _, receipt in sorted(ledger.receipts(SYNTHESIZE).items()):
@@ -81,6 +81,12 @@ class _Generated:
                     f"method.init_run={self._name}: its images are of shape {images.shape[1:]}, those of this run of "
                     f"{(spec.dataset().channels, size, size)}; name a run on the same data set"
                 )
+            for class_id, name in zip(table["label"].to_pylist(), table["class_name"].to_pylist(), strict=True):
+                if class_id >= len(own_names) or own_names[class_id] != name:
+                    raise InputError(
+                        f"method.init_run={self._name}: its class {class_id} is {name!r}, which this run's data set "
+                        "calls otherwise; name a run on the same data set"
+                    )
             self._pixels |= dict(zip(keys, images, strict=True))
 
     def of_unit(self, unit: Unit) -> Started:
