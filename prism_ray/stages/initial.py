@@ -14,6 +14,7 @@ from prism_ray.ledger import read_table
 from prism_ray.plan import Unit, needs_starts
 from prism_ray.stages.starts import Starts, initial_pixels
 from prism_ray.stages.views import decode_images
+from prism_ray.storage import sha256_of
 from prism_ray.work import SYNTHESIZE, RunSpec, started_from
 
 
@@ -73,6 +74,11 @@ class _Generated:
         ledger = started_from(spec)
         self._pixels: dict[tuple[int, int], np.ndarray] = {}
         for _, receipt in sorted(ledger.receipts(SYNTHESIZE).items()):
+            if ledger.store.size(receipt.key) is None or sha256_of(ledger.store.read(receipt.key)) != receipt.sha256:
+                raise InputError(
+                    f"method.init_run={self._name}: {receipt.key} is missing or damaged; run the command of that run "
+                    "again, which makes it anew"
+                )
             table = read_table(ledger.store, receipt.key)
             keys = zip(table["label"].to_pylist(), table["index_in_class"].to_pylist(), strict=True)
             images = decode_images(table)
