@@ -17,20 +17,13 @@ from prism_ray.errors import InputError, PrismError, one_line, within
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
 from prism_ray.methods.label_layout import LabelLayout
-from prism_ray.plan import (
-    Unit,
-    guiding_teachers,
-    has_statistics,
-    plan_units,
-    reserved_images,
-    used_teachers,
-)
+from prism_ray.plan import Unit, guided, has_statistics, plan_units, reserved_images, used_teachers
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights
-from prism_ray.work import RELABEL, SYNTHESIZE
+from prism_ray.work import MARKER, RELABEL, SYNTHESIZE
 
 
 def describe(config: Config) -> str:
@@ -106,7 +99,7 @@ def _teacher_flops(config: Config, dataset: PreparedDataset | None, num_classes:
     run = locate(Row(config.method.name, config))
     run.dataset = dataset
     for name in used_teachers(config):
-        facts = dataset and read_json(open_store(str(run.teacher_folder(name))), "prism_ray.json")
+        facts = dataset and read_json(open_store(str(run.teacher_folder(name))), MARKER)
         if facts:
             found[name] = float(facts["forward_flops"])
             continue
@@ -137,10 +130,9 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
     labels = views * sum(forward[name] for name in label_teachers(config))
     synthesis = 0.0
     for unit in units if config.method.engine is Engine.inversion else []:
-        for iteration in range(unit.iterations):
-            guiding = guiding_teachers(config, unit, iteration)
+        for iterations, guiding in guided(config, unit):
             networks = {*guiding.logits, *(name for name in guiding.statistics if has_statistics(config, name))}
-            synthesis += 2 * len(unit.images) * sum(forward[name] for name in networks)
+            synthesis += 2 * len(unit.images) * len(iterations) * sum(forward[name] for name in networks)
     return Estimate(synthesis, labels)
 
 
@@ -161,7 +153,7 @@ def status_text(config: Config) -> str:
     """How far each stage is, and what was given up."""
     run = open_existing(config)
     stages = [SYNTHESIZE, RELABEL] if run.needs_labels() else [SYNTHESIZE]
-    teachers = sum(Path(folder, "prism_ray.json").is_file() for folder in run.teacher_dirs.values())
+    teachers = sum(Path(folder, MARKER).is_file() for folder in run.teacher_dirs.values())
     students = run.students()
     given_up = run.ledger.quarantined()
     finished = "finished" if run.ledger.manifest() is not None else "in progress"

@@ -6,10 +6,12 @@ every seed follow from the settings alone, so any number of workers in any order
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from itertools import groupby
 
 from prism_ray.config import (
     BatchPlan,
+    Cadence,
     Config,
     Engine,
     EvaluationSplit,
@@ -172,23 +174,30 @@ def _drawn(config: Config, unit: Unit, iteration: int) -> tuple[str, ...]:
         iteration=iteration,
         every=method.cadence_every,
     )
-    slots = (teachers.primary, tuple(teachers.pool), method.statistics_slots, method.statistics_probability)
-    return _draw(
-        method.statistics_role, slots, method.statistics_count, seed_for(config.seed, "statistics_teachers", *key)
+    seed = seed_for(config.seed, "statistics_teachers", *key)
+    if method.statistics_role is StatisticsRole.k_subset:
+        return draw_subset(teachers.pool, count=method.statistics_count, seed=seed)
+    draw = draw_statistics_teachers if method.statistics_role is StatisticsRole.bernoulli_slots else draw_auxiliaries
+    return draw(
+        teachers.primary,
+        [name for name in teachers.pool if name != teachers.primary],
+        slots=method.statistics_slots,
+        probability=method.statistics_probability,
+        seed=seed,
     )
 
 
-@lru_cache(maxsize=4096)
-def _draw(
-    role: StatisticsRole, slots: tuple[str, tuple[str, ...], int, float], count: int, seed: int
-) -> tuple[str, ...]:
-    """One draw; remembered, since a plan asks for it again at every iteration."""
-    primary, pool, num_slots, probability = slots
-    if role is StatisticsRole.k_subset:
-        return draw_subset(pool, count=count, seed=seed)
-    draw = draw_statistics_teachers if role is StatisticsRole.bernoulli_slots else draw_auxiliaries
-    auxiliaries = [name for name in pool if name != primary]
-    return draw(primary, auxiliaries, slots=num_slots, probability=probability, seed=seed)
+def guided(config: Config, unit: Unit) -> list[tuple[range, Guiding]]:
+    """A unit's iterations in stretches that the same teachers guide."""
+    method = config.method
+    takes_turns = method.logit_role is LogitRole.active or method.statistics_role is StatisticsRole.active
+    if not takes_turns and method.cadence in (Cadence.run, Cadence.slice, Cadence.batch):
+        return [(range(unit.iterations), guiding_teachers(config, unit, 0))] if unit.iterations else []
+    found = []
+    for guiding, same in groupby(range(unit.iterations), key=lambda t: guiding_teachers(config, unit, t)):
+        iterations = list(same)
+        found.append((range(iterations[0], iterations[-1] + 1), guiding))
+    return found
 
 
 def has_statistics(config: Config, name: str) -> bool:
@@ -205,8 +214,8 @@ def check_statistics(config: Config, units: Sequence[Unit]) -> None:
     if all(has_statistics(config, name) for name in statistics_pool(config)):
         return
     for unit in units:
-        for iteration in range(unit.iterations):
-            drawn = guiding_teachers(config, unit, iteration).statistics
+        for iterations, guiding in guided(config, unit):
+            drawn = guiding.statistics
             if drawn and not any(has_statistics(config, name) for name in drawn):
                 primary = config.teachers.primary
                 at_fault = (
@@ -215,8 +224,9 @@ def check_statistics(config: Config, units: Sequence[Unit]) -> None:
                     else f"teachers.primary={primary!r}: has no batch norm"
                 )
                 raise InputError(
-                    f"{at_fault}, and unit {unit.name} draws {', '.join(drawn)} at iteration {iteration}, so it has no "
-                    "statistics to match; leave such teachers out, or draw more of them (statistics_probability=1)"
+                    f"{at_fault}, and unit {unit.name} draws {', '.join(drawn)} at iteration {iterations.start}, so "
+                    "it has no statistics to match; leave such teachers out, or draw more of them "
+                    "(statistics_probability=1)"
                 )
 
 
@@ -331,7 +341,7 @@ def _selected_rows(
                 "lower it or start from noise (method.init=noise)"
             )
         selected[class_id] = (
-            _permuted(rows, seed_for(config.seed, "selection", class_id)) if _is_random(config) else list(rows)
+            permuted(rows, seed_for(config.seed, "selection", class_id)) if _is_random(config) else list(rows)
         )
     return selected
 
@@ -340,7 +350,8 @@ def _is_random(config: Config) -> bool:
     return config.method.selection is Selection.random and config.images_per_class is not None
 
 
-def _permuted(rows: Sequence[int], seed: int) -> list[int]:
+def permuted(rows: Sequence[int], seed: int) -> list[int]:
+    """Rows in an order that depends on the seed and each row alone: what is left keeps its order when others go."""
     return sorted(rows, key=lambda row: seed_for(seed, "row", int(row)))
 
 

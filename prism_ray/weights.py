@@ -39,16 +39,25 @@ _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTI
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
+def timm_folder() -> Path:
+    """Where timm is installed; it is not imported.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise InputError("timm: is not installed; expected timm>=1.0.31; run `pip install timm`")
+    return Path(spec.origin).parent
+
+
 @functools.cache
 def architectures() -> frozenset[str]:
     """Every architecture that can be built: timm's, read from its source files, and those of this package.
 
     Names that timm keeps only as deprecated aliases are not among them.
     """
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.origin is None:
-        raise InputError("timm: is not installed; expected timm>=1.0.31; run `pip install timm`")
-    sources = (Path(spec.origin).parent / "models").glob("*.py")
+    sources = (timm_folder() / "models").glob("*.py")
     names = {name for source in sources for name in _REGISTERED.findall(source.read_text(encoding="utf-8"))}
     return frozenset(names.union(OWN_ARCHITECTURES))
 

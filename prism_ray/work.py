@@ -85,8 +85,18 @@ Chain = Sequence[UnitRef]
 """Units that one worker makes one after another, each from the one before: images, then their labels."""
 
 
+class ArtifactItem:
+    """Work whose result is an artifact folder, complete once its marker is there."""
+
+    folder: str
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.folder) / MARKER).is_file()
+
+
 @dataclass(frozen=True)
-class TeacherItem:
+class TeacherItem(ArtifactItem):
     """One teacher to train, or one from elsewhere to check and copy; `folder` is where its artifact belongs."""
 
     name: str
@@ -96,10 +106,6 @@ class TeacherItem:
     folder: str
     threads: int
     gpus: float
-
-    @property
-    def is_done(self) -> bool:
-        return (Path(self.folder) / MARKER).is_file()
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class StatisticsSettings:
 
 
 @dataclass(frozen=True)
-class StatisticsItem:
+class StatisticsItem(ArtifactItem):
     """One pass of the real training images through a teacher; `folder` is where its artifact belongs."""
 
     name: str
@@ -127,10 +133,6 @@ class StatisticsItem:
     settings: StatisticsSettings
     folder: str
     gpus: float
-
-    @property
-    def is_done(self) -> bool:
-        return (Path(self.folder) / MARKER).is_file()
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class StartsSettings:
 
 
 @dataclass(frozen=True)
-class StartsItem:
+class StartsItem(ArtifactItem):
     """Teachers' choice of the real images and crops to start from; `folder` is where its artifact belongs."""
 
     judge_dirs: tuple[str, ...]
@@ -172,10 +174,6 @@ class StartsItem:
     @property
     def name(self) -> str:
         return f"{self.settings.kind} starts"
-
-    @property
-    def is_done(self) -> bool:
-        return (Path(self.folder) / MARKER).is_file()
 
 
 @dataclass(frozen=True)
@@ -255,8 +253,7 @@ class DiversityItem:
         return (found.get("version"), found.get("inputs")) == (DIVERSITY_VERSION, inputs)
 
 
-ArtifactItem = TeacherItem | StatisticsItem | StartsItem
-Item = ArtifactItem | StudentItem | SearchItem | DiversityItem
+Item = TeacherItem | StatisticsItem | StartsItem | StudentItem | SearchItem | DiversityItem
 
 
 def scratch_dir(item: Item) -> Path:

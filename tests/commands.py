@@ -1,12 +1,16 @@
 """The command line as tests call it, and what they compare its results by."""
 
 import hashlib
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from prism_ray import cli
+from prism_ray.inspection import open_existing
+from prism_ray.lock import newest_epoch
+from prism_ray.work import RunSpec
 
 SMOKE = ["recipe=digits_smoke", "compute=inline"]
 
@@ -37,6 +41,12 @@ class Command:
         code = cli.main(arguments)
         captured = self._capsys.readouterr()
         return Result(code, captured.out, captured.err)
+
+
+def spec_of_copy(finished: Path, copy: Path, settings: list[str]) -> RunSpec:
+    """A finished run in a copy of its storage, as its workers see it."""
+    found = open_existing(cli.compose([*settings, f"storage={shutil.copytree(finished, copy)}"]))
+    return replace(found.spec(), epoch=newest_epoch(found.store))
 
 
 def products(run_dir: Path) -> dict[str, str]:

@@ -1,19 +1,17 @@
 """What is measured of a run: likeness in every feature space, judges, and students on the split that is asked for."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import spec_of_copy
 
 from prism_ray import cli
 from prism_ray.config import EvaluationSplit, LabelKind
-from prism_ray.inspection import open_existing
 from prism_ray.ledger import read_table
-from prism_ray.lock import newest_epoch
 from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top1, vendi_score
 from prism_ray.models.classifier import load_classifier
 from prism_ray.stages.device import deterministic, teacher_of
@@ -21,7 +19,6 @@ from prism_ray.stages.distill import Distiller, measured_accuracy, reserved_rows
 from prism_ray.stages.evaluate import measure_diversity
 from prism_ray.stages.student_batches import read_training_set
 from prism_ray.stages.views import decode_images
-from prism_ray.storage import open_store
 from prism_ray.work import DISTILL, DIVERSITY, DiversityItem, RunSpec, StudentItem, student_inputs
 
 CPU = torch.device("cpu")
@@ -47,9 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spec(finished: Path, tmp_path: Path) -> RunSpec:
     """That run in a copy of its own, as its workers see it."""
-    storage = shutil.copytree(finished, tmp_path / "outputs")
-    spec = open_existing(cli.compose([*SMOKE, f"storage={storage}"])).spec()
-    return replace(spec, epoch=newest_epoch(open_store(spec.run_dir)))
+    return spec_of_copy(finished, tmp_path / "outputs", SMOKE)
 
 
 def stored_images(spec: RunSpec) -> tuple[np.ndarray, torch.Tensor]:

@@ -14,6 +14,7 @@ from prism_ray.plan import (
     Unit,
     check_size,
     check_statistics,
+    guided,
     guiding_pool,
     guiding_teachers,
     label_teachers,
@@ -494,3 +495,21 @@ def test_a_selection_by_teachers_is_not_the_plans_and_needs_its_judges(selection
     )
     assert {i.source_row for u in plan_units(wanted, rows(10, 6)) for i in u.images} == {None}
     assert used_teachers(wanted) == ["vgg", "convnet"]
+
+
+@pytest.mark.parametrize("logits", ["primary", "active", "drawn"])
+@pytest.mark.parametrize("cadence", ["run", "slice", "batch", "every_n", "iteration"])
+def test_stretches_of_equal_guides_are_all_iterations_with_their_guides(cadence: str, logits: str) -> None:
+    settings = [
+        "method.init=noise",
+        f"method.cadence={cadence}",
+        "method.cadence_every=3",
+        f"method.logit_role={logits}",
+    ]
+    wanted = config(*POOL, *settings, "images_per_class=5")
+    for unit in plan_units(wanted, rows(10, 1)):
+        stretches = guided(wanted, unit)
+        assert [t for iterations, _ in stretches for t in iterations] == list(range(unit.iterations))
+        assert all(
+            guiding_teachers(wanted, unit, t) == guiding for iterations, guiding in stretches for t in iterations
+        )

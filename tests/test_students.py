@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import spec_of_copy
 from safetensors.torch import load_file
 
 from prism_ray import cli
@@ -24,9 +24,7 @@ from prism_ray.config import (
 )
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError
-from prism_ray.inspection import open_existing
 from prism_ray.ledger import Receipt
-from prism_ray.lock import newest_epoch
 from prism_ray.stages import distill
 from prism_ray.stages.data_parallel import ALONE
 from prism_ray.stages.distill import Distiller, student_lr, validation_split
@@ -54,9 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spec(finished: Path, tmp_path: Path) -> RunSpec:
     """That run in a copy of its own, as its workers see it; its students are yet to be trained."""
-    storage = shutil.copytree(finished, tmp_path / "outputs")
-    found = open_existing(cli.compose([*SMOKE, f"storage={storage}"]))
-    return replace(found.spec(), epoch=newest_epoch(found.store))
+    return spec_of_copy(finished, tmp_path / "outputs", SMOKE)
 
 
 def varied(

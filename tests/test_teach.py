@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def reordered(order: list[int]) -> Callable[[Classifier], Classifier]:
     """The classifier with its outputs in another order, and nothing said about their names."""
 
     def change(classifier: Classifier) -> Classifier:
-        layer: Any = classifier.network.get_classifier()  # type: ignore[operator]
+        layer = cast(Any, classifier.network).get_classifier()
         with torch.no_grad():
             layer.weight.copy_(layer.weight[order].clone())
             layer.bias.copy_(layer.bias[order].clone())
@@ -149,7 +149,7 @@ def test_a_teacher_that_knows_nothing_is_not_said_to_be_out_of_order(
     taught: Path, prism: Command, tmp_path: Path
 ) -> None:
     def blank(classifier: Classifier) -> Classifier:
-        layer: Any = classifier.network.get_classifier()  # type: ignore[operator]
+        layer = cast(Any, classifier.network).get_classifier()
         nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
         return classifier
 

@@ -4,16 +4,15 @@ Teachers made elsewhere and noise to start from are all that synthesis needs; wh
 out.
 """
 
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from prism_ray.config import DatasetConfig, content_hash
 from prism_ray.data.records import RealImage, Split
 from prism_ray.errors import InputError
+from prism_ray.weights import timm_folder
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 """Of ImageNet's training pixels per channel, in [0, 1], as torchvision states them."""
@@ -77,7 +76,4 @@ def class_names_like(names: Sequence[str]) -> list[str]:
 @cache
 def _read(name: str) -> str:
     """A text file of timm, found without importing it."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.origin is None:
-        raise InputError("timm: is not installed; expected timm>=1.0.31; run `pip install timm`")
-    return (Path(spec.origin).parent / "data/_info" / name).read_text(encoding="utf-8")
+    return (timm_folder() / "data/_info" / name).read_text(encoding="utf-8")

@@ -3,11 +3,11 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from prism_ray.storage import abandoned
+from prism_ray.storage import abandoned, storage_errors, sync_path
 
 
 @contextmanager
@@ -35,6 +35,19 @@ def published_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     finally:
         for leftover in folder.parent.glob(f"{building.name}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish_files(folder: Path, files: Mapping[str, bytes], *, marker: str) -> None:
+    """Publish a folder of these files by name, the marker among them, and wait until it is on the disk.
+
+    Raises:
+        StorageError: the disk is full or refuses to be written.
+    """
+    with storage_errors(folder):
+        with published_folder(folder, marker=marker) as building:
+            for name in sorted(files, key=lambda name: name == marker):
+                write_durably(building / name, files[name])
+        sync_path(folder.parent)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -3,15 +3,17 @@
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import torch
 
-from prism_ray.models.classifier import Classifier, frozen, load_classifier
+from prism_ray.data.prepared import PreparedDataset
+from prism_ray.models.classifier import Classifier, build_classifier, frozen, load_classifier
 from prism_ray.work import RunSpec
 
 
@@ -24,6 +26,20 @@ def teacher_of(spec: RunSpec, name: str, device: torch.device) -> Classifier:
 def load_frozen(folder: str, device: str) -> Classifier:
     """A classifier from a local-dir folder, in eval mode, without gradients of its own."""
     return frozen(load_classifier(Path(folder))).to(device)
+
+
+def untrained(dataset: PreparedDataset, arch: str, model_args: Mapping[str, Any], *, seed: int) -> Classifier:
+    """A new classifier of a data set's classes that takes its images as they are; see `build_classifier`."""
+    return build_classifier(
+        arch,
+        num_classes=dataset.num_classes,
+        in_chans=dataset.channels,
+        image_size=dataset.image_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        model_args=model_args,
+        seed=seed,
+    )
 
 
 def pick_device(gpus: float) -> torch.device:

@@ -32,11 +32,11 @@ from prism_ray.ledger import Receipt
 from prism_ray.lock import check_epoch
 from prism_ray.methods.distillation import cosine_loss, hard_loss, kl_loss, mse_ce_loss
 from prism_ray.methods.schedules import SCHEDULES, with_warmup
-from prism_ray.models.classifier import Classifier, build_classifier, save_classifier
-from prism_ray.plan import needs_starts
+from prism_ray.models.classifier import Classifier, save_classifier
+from prism_ray.plan import needs_starts, reserved_images
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import ALONE, Group
-from prism_ray.stages.device import deterministic, fingerprint, pick_device
+from prism_ray.stages.device import deterministic, fingerprint, pick_device, untrained
 from prism_ray.stages.labels import LabelTeachers, StoredLabels
 from prism_ray.stages.starts import Starts
 from prism_ray.stages.student_batches import StudentBatch, StudentBatches, TrainingSet, labels_of, read_training_set
@@ -179,17 +179,9 @@ def _fitted(
     """A student trained on some rows of a training set; `looks`: at the images it is measured on, if so set."""
     spec, config, student, dataset = item.spec, item.spec.config, item.spec.config.student, item.spec.dataset()
     with within("student"):
-        classifier = build_classifier(
-            student.arch,
-            num_classes=dataset.num_classes,
-            in_chans=dataset.channels,
-            image_size=dataset.image_size,
-            mean=dataset.mean,
-            std=dataset.std,
-            model_args=student.model_args,
-            # Not of the method or the label kind: students of one seed start alike in every row of a table.
-            seed=seed_for(config.seed, "student", item.seed),
-        ).to(device)
+        # Not of the method or the label kind: students of one seed start alike in every row of a table.
+        seed = seed_for(config.seed, "student", item.seed)
+        classifier = untrained(dataset, student.arch, student.model_args, seed=seed).to(device)
     num_steps = student_steps(student, len(training_set))
     order_seed = seed_for(config.seed, "student order", item.seed)
     is_cuda = device.type == "cuda"
@@ -278,10 +270,8 @@ def measured_accuracy(classifier: Classifier, spec: RunSpec, device: torch.devic
 
 def reserved_rows(spec: RunSpec) -> np.ndarray:
     """Real training images that `evaluate.split` keeps for measuring: those that the plan leaves out of each class."""
-    if spec.config.evaluate.split is EvaluationSplit.test:
-        return np.empty(0, dtype=np.int64)
-    by_class, most = spec.dataset().rows_by_class("train"), spec.config.student.validation_images
-    return np.concatenate([by_class[class_id][-most:] for class_id in spec.class_ids()])
+    by_class, reserved = spec.dataset().rows_by_class("train"), reserved_images(spec.config)
+    return np.concatenate([by_class[c][max(0, len(by_class[c]) - reserved) :] for c in spec.class_ids()])
 
 
 @dataclass(frozen=True)

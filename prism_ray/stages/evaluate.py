@@ -14,11 +14,11 @@ from prism_ray.ledger import read_table
 from prism_ray.lock import check_epoch
 from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top_k_hits, vendi_score
 from prism_ray.stages.device import deterministic, pick_device, teacher_of
+from prism_ray.stages.training import in_batches
 from prism_ray.stages.views import decode_images
 from prism_ray.storage import to_json
 from prism_ray.work import DIVERSITY, DIVERSITY_VERSION, DiversityItem, RunSpec, student_inputs
 
-BATCH = 512
 MEASURES = {"cosine": intra_class_cosine, "vendi": vendi_score, "effective_rank": effective_rank}
 
 
@@ -73,7 +73,7 @@ def _features(spec: RunSpec, name: str | None, device: torch.device) -> Callable
     if name is None:
         return lambda pixels: torch.from_numpy(pixels).flatten(1)
     teacher = teacher_of(spec, name, device)
-    return lambda pixels: _in_batches(teacher.features, pixels, device)
+    return lambda pixels: in_batches(teacher.features, _rows_of(pixels), len(pixels), device)
 
 
 def _measured(features: Tensor, class_ids: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -89,11 +89,10 @@ def _judged(
     spec: RunSpec, name: str, pixels: np.ndarray, class_ids: np.ndarray, device: torch.device
 ) -> dict[str, Any]:
     """How many images have their class as a teacher's first answer, and among its first five."""
-    logits = _in_batches(teacher_of(spec, name, device), pixels, device)
+    logits = in_batches(teacher_of(spec, name, device), _rows_of(pixels), len(pixels), device)
     hits = {f"top{k}_hits": top_k_hits(logits, torch.tensor(class_ids), k=k) for k in (1, 5)}
     return {"judge": name, "num_images": len(class_ids), **hits}
 
 
-def _in_batches(network: Callable[[Tensor], Tensor], pixels: np.ndarray, device: torch.device) -> Tensor:
-    parts = [torch.from_numpy(pixels[n : n + BATCH]).to(device).float() / 255 for n in range(0, len(pixels), BATCH)]
-    return torch.cat([network(part).cpu() for part in parts])
+def _rows_of(pixels: np.ndarray) -> Callable[[np.ndarray], Tensor]:
+    return lambda rows: torch.from_numpy(pixels[rows])

@@ -23,16 +23,16 @@ from torch.nn import functional
 
 from prism_ray.config import Selection, plain
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import published_folder, write_durably
+from prism_ray.data.publish import publish_files
 from prism_ray.methods.mosaics import compose, cut, draw_crops, padded
 from prism_ray.methods.selection import cosine_kernel, herding, lowest, medium, regression
-from prism_ray.models.classifier import Classifier, build_classifier, frozen
-from prism_ray.plan import PlannedImage
+from prism_ray.models.classifier import Classifier, frozen
+from prism_ray.plan import PlannedImage, permuted
 from prism_ray.schema import table_bytes
 from prism_ray.seeds import seed_for
-from prism_ray.stages.device import deterministic, fingerprint, load_frozen, pick_device
+from prism_ray.stages.device import deterministic, fingerprint, load_frozen, pick_device, untrained
 from prism_ray.stages.real_images import real_batches
-from prism_ray.storage import storage_errors, sync_path, to_json
+from prism_ray.storage import to_json
 from prism_ray.work import MARKER, STARTS_FILE, Drawing, StartsItem, StartsSettings, open_dataset
 
 BATCH = 256
@@ -116,21 +116,19 @@ def make_starts(item: StartsItem) -> None:
     real = {c: rows_by_class[c][: max(0, len(rows_by_class[c]) - settings.reserved)] for c in settings.class_ids}
     started = time.perf_counter()
     with deterministic(settings.threads), torch.no_grad():
-        if settings.mosaic is None:
-            chosen = _whole_images(settings, dataset, real, judges, device)
-        else:
+        if settings.mosaic is not None:
             chosen = _crops(settings, settings.mosaic, dataset, real, judges, device)
+        elif settings.regression is not None:
+            chosen = _regressed(settings, settings.regression, dataset, real, judges, device)
+        else:
+            chosen = _whole_images(settings, dataset, real, judges, device)
     facts = {
         "settings": plain(settings),
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    folder = Path(item.folder)
-    with storage_errors(folder):
-        with published_folder(folder, marker=MARKER) as built:
-            write_durably(built / STARTS_FILE, table_bytes(_table(settings, chosen)))
-            write_durably(built / MARKER, to_json(facts))
-        sync_path(folder.parent)
+    table = table_bytes(_table(settings, chosen))
+    publish_files(Path(item.folder), {STARTS_FILE: table, MARKER: to_json(facts)}, marker=MARKER)
 
 
 def _whole_images(
@@ -140,32 +138,30 @@ def _whole_images(
     judges: Sequence[Classifier],
     device: torch.device,
 ) -> dict[int, list[Chosen]]:
-    """The whole real images of each class, in the order they are taken."""
-    if settings.regression is not None:
-        return _regressed(settings, settings.regression, dataset, real, judges, device)
-    by_features = settings.kind == Selection.herding.name
+    """The whole real images of each class by score or by features, in the order they are taken."""
+    choose = {Selection.confident.name: lowest, Selection.medium.name: medium}.get(settings.kind)
     rows, class_ids = _ascending(real)
     judged = []
     for n, (_, pixels) in enumerate(real_batches(dataset, rows, batch_size=BATCH)):
         images = pixels.to(device).float() / 255
         wanted = class_ids[n * BATCH : (n + 1) * BATCH].to(device)
-        judged.append((_features(judges, images) if by_features else _scores(judges, images, wanted)).cpu())
+        judged.append((_features(judges, images) if choose is None else _scores(judges, images, wanted)).cpu())
     values = torch.cat(judged)
-    whole = (0, 0, dataset.image_size, dataset.image_size)
     chosen = {}
     for class_id, own in real.items():
         mine = values[np.searchsorted(rows, own)]
-        if by_features:
-            chosen[class_id] = [
-                Chosen(Start(int(own[n]), *whole), None) for n in herding(mine, settings.images_per_class)
-            ]
+        if choose is None:  # herding, which goes by features
+            chosen[class_id] = [_whole(dataset, own[n]) for n in herding(mine, settings.images_per_class)]
         else:
-            choose = {Selection.confident.name: lowest, Selection.medium.name: medium}[settings.kind]
             scores = mine.double().numpy()
-            chosen[class_id] = [
-                Chosen(Start(int(own[n]), *whole), float(scores[n])) for n in choose(scores, settings.images_per_class)
-            ]
+            places = choose(scores, settings.images_per_class)
+            chosen[class_id] = [_whole(dataset, own[n], float(scores[n])) for n in places]
     return chosen
+
+
+def _whole(dataset: PreparedDataset, row: int, score: float | None = None) -> Chosen:
+    """A whole real image."""
+    return Chosen(Start(int(row), 0, 0, dataset.image_size, dataset.image_size), score)
 
 
 def _regressed(
@@ -181,7 +177,6 @@ def _regressed(
     The networks stand for students that are not known yet: ConvNets with instance norm, and the judges' own
     architectures. So that the kernel fits into memory, classes are taken in groups, each judged on its own images.
     """
-    whole = (0, 0, dataset.image_size, dataset.image_size)
     per_group = max(2, MOST_ITEMS // drawing.candidates)
     class_ids = list(real)
     chosen: dict[int, list[Chosen]] = {}
@@ -197,7 +192,7 @@ def _regressed(
         kernel /= len(judges) + NUM_CONVNETS
         places = regression(kernel, labels, ids.to(device), settings.images_per_class, ridge=RIDGE)
         for c in group:
-            chosen[c] = [Chosen(Start(int(rows[place]), *whole), None) for place in places[c]]
+            chosen[c] = [_whole(dataset, rows[place]) for place in places[c]]
     return chosen
 
 
@@ -212,16 +207,7 @@ def _untrained(
     convnet = {"channels": [WIDTH] * depth, "norm": "instance", "img_size": dataset.image_size}
     kinds = [("prism_convnet", convnet)] * NUM_CONVNETS + [(j.architecture, j.model_args) for j in judges]
     for n, (architecture, model_args) in enumerate(kinds):
-        network = build_classifier(
-            architecture,
-            num_classes=dataset.num_classes,
-            in_chans=dataset.channels,
-            image_size=dataset.image_size,
-            mean=dataset.mean,
-            std=dataset.std,
-            model_args=model_args,
-            seed=seed_for(seed, "regression", n),
-        ).to(shown[0].device)
+        network = untrained(dataset, architecture, model_args, seed=seed_for(seed, "regression", n)).to(shown[0].device)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # the mean over all batches
@@ -282,8 +268,7 @@ def _crops(
 
 def _drawn(rows: np.ndarray, num: int, seed: int, *, class_id: int) -> np.ndarray:
     """At most so many of a class's rows, drawn without repeats, ascending."""
-    own_seed = seed_for(seed, "candidates", class_id)
-    drawn = sorted(rows.tolist(), key=lambda row: seed_for(own_seed, "row", row))[:num]
+    drawn = permuted(rows.tolist(), seed_for(seed, "candidates", class_id))[:num]
     return np.array(sorted(drawn), dtype=np.int64)
 
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from prism_ray.config import plain
-from prism_ray.data.publish import published_folder, write_durably
+from prism_ray.data.publish import publish_files
 from prism_ray.methods.inversion.statistics import LayerTarget, Moments, matched_layers, targets_of
 from prism_ray.methods.views import crop_flip, render
 from prism_ray.plan import has_statistics, needs_statistics_pass
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, load_frozen, pick_device
 from prism_ray.stages.real_images import real_batches
-from prism_ray.storage import storage_errors, sync_path, to_json
+from prism_ray.storage import to_json
 from prism_ray.work import MARKER, STATISTICS_FILE, RunSpec, StatisticsItem, open_dataset
 
 BATCH = 256
@@ -63,12 +63,7 @@ def make_statistics(item: StatisticsItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    folder = Path(item.folder)
-    with storage_errors(folder):
-        with published_folder(folder, marker=MARKER) as built:
-            write_durably(built / STATISTICS_FILE, save(tensors))
-            write_durably(built / MARKER, to_json(facts))
-        sync_path(folder.parent)
+    publish_files(Path(item.folder), {STATISTICS_FILE: save(tensors), MARKER: to_json(facts)}, marker=MARKER)
 
 
 def targets_for(spec: RunSpec, name: str, teacher: nn.Module, device: torch.device) -> tuple[LayerTarget, ...]:

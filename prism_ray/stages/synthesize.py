@@ -4,7 +4,6 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
 from prism_ray.models.classifier import read_extra
-from prism_ray.plan import Unit, guiding_pool, guiding_teachers, statistics_pool
+from prism_ray.plan import Unit, guided, guiding_pool, guiding_teachers, statistics_pool
 from prism_ray.schema import IMAGE_COLUMNS, image_schema
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, peak_memory_bytes, pick_device, teacher_of
@@ -94,7 +93,7 @@ class Synthesizer:
             started.pixels.to(self.device),
             torch.tensor([image.class_id for image in unit.images], device=self.device),
             networks=self._networks,
-            guides=lru_cache(maxsize=1)(lambda iteration: self._guides(unit, iteration)),
+            guides=lambda iteration: self._guides(unit, iteration),
             objective=Objective(
                 ce_weight=method.ce_weight,
                 bn_weight=method.bn_weight,
@@ -213,7 +212,7 @@ class Synthesizer:
 
     def _statistics_teachers(self, unit: Unit) -> list[str]:
         """Every teacher whose statistics were matched at some iteration, in the order of their settings."""
-        drawn = {name for t in range(unit.iterations) for name in guiding_teachers(self.config, unit, t).statistics}
+        drawn = {name for _, guiding in guided(self.config, unit) for name in guiding.statistics}
         return [name for name in self.config.teachers.models if name in drawn]
 
     @torch.no_grad()

@@ -25,15 +25,15 @@ from prism_ray.methods.inversion.matching import Network, observed_distances
 from prism_ray.methods.inversion.objective import num_bn_layers
 from prism_ray.methods.inversion.statistics import targets_of
 from prism_ray.methods.views import ViewParameters, crop_flip, render
-from prism_ray.models.classifier import Classifier, build_classifier, load_classifier, load_timm, save_classifier
+from prism_ray.models.classifier import Classifier, load_classifier, load_timm, save_classifier
 from prism_ray.models.flops import forward_flops
 from prism_ray.models.imagenet_lite import load_imagenet_lite
 from prism_ray.seeds import seed_for
-from prism_ray.stages.device import deterministic, fingerprint, pick_device
-from prism_ray.stages.training import EVALUATION_BATCH, Checkpoints, Course, Forward, fit, num_parameters
+from prism_ray.stages.device import deterministic, fingerprint, pick_device, untrained
+from prism_ray.stages.training import Checkpoints, Course, Forward, fit, in_batches, num_parameters
 from prism_ray.storage import storage_errors, sync_files, sync_path
 from prism_ray.weights import LITE
-from prism_ray.work import TeacherItem
+from prism_ray.work import MARKER, TeacherItem
 
 BN_IMAGES = 100
 """Real images at most that a teacher's batch-norm statistics are compared with."""
@@ -74,7 +74,7 @@ def make_teacher(item: TeacherItem) -> None:
     }
     folder = Path(item.folder)
     with storage_errors(folder):
-        with published_folder(folder, marker="prism_ray.json") as built:
+        with published_folder(folder, marker=MARKER) as built:
             save_classifier(classifier, built, class_names=dataset.class_names, extra=facts)
             sync_files(built)
         sync_path(folder.parent)
@@ -101,15 +101,15 @@ def bn_distances(
     return first.item(), sum(d.item() for d in distances.values())
 
 
-@torch.no_grad()
 def _named_as(classifier: Classifier, dataset: PreparedDataset, device: torch.device) -> np.ndarray:
     """How many held-out images of each class (rows) a classifier takes for each class (columns): int64 (K, K)."""
     labels, num_classes = dataset.labels("test"), dataset.num_classes
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for start in range(0, len(labels), EVALUATION_BATCH):
-        rows = np.arange(start, min(start + EVALUATION_BATCH, len(labels)))
-        pixels = torch.from_numpy(dataset.images("test", rows)).to(device).float() / 255
-        np.add.at(counts, (labels[rows], classifier(pixels).argmax(dim=1).cpu().numpy()), 1)
+    if len(labels):
+        logits = in_batches(
+            classifier, lambda rows: torch.from_numpy(dataset.images("test", rows)), len(labels), device
+        )
+        np.add.at(counts, (labels, logits.argmax(dim=1).numpy()), 1)
     return counts
 
 
@@ -149,16 +149,8 @@ def _trained(item: TeacherItem, dataset: PreparedDataset, device: torch.device) 
     teach = item.teach
     assert item.teacher.arch is not None
     with within(f"teachers.models.{item.name}"):
-        classifier = build_classifier(
-            item.teacher.arch,
-            num_classes=dataset.num_classes,
-            in_chans=dataset.channels,
-            image_size=dataset.image_size,
-            mean=dataset.mean,
-            std=dataset.std,
-            model_args=item.teacher.model_args,
-            seed=seed_for(teach.seed, "teacher", item.name),
-        ).to(device)
+        seed = seed_for(teach.seed, "teacher", item.name)
+        classifier = untrained(dataset, item.teacher.arch, item.teacher.model_args, seed=seed).to(device)
     pixels = torch.from_numpy(dataset.images("train"))
     class_ids = torch.tensor(dataset.labels("train"))
     keys = np.array([seed_for(teach.seed, "view", n) for n in range(len(pixels))], dtype=np.int64)

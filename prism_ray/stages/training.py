@@ -285,11 +285,19 @@ def accuracy(
     classifier: Classifier, pixels: Callable[[np.ndarray], Tensor], class_ids: np.ndarray, device: torch.device
 ) -> float:
     """Top-1, 0 to 1, on images given as rows → uint8 (B, C, H, W)."""
-    logits = []
-    for start in range(0, len(class_ids), EVALUATION_BATCH):
-        rows = np.arange(start, min(start + EVALUATION_BATCH, len(class_ids)))
-        logits.append(classifier(pixels(rows).to(device).float() / 255).cpu())
-    return top1(torch.cat(logits), torch.tensor(class_ids))
+    return top1(in_batches(classifier, pixels, len(class_ids), device), torch.tensor(class_ids))
+
+
+@torch.no_grad()
+def in_batches(
+    network: Callable[[Tensor], Tensor], pixels: Callable[[np.ndarray], Tensor], num_images: int, device: torch.device
+) -> Tensor:
+    """What a network makes of so many images, given as rows → uint8 (B, C, H, W): (N, …) on the CPU, N at least 1."""
+    parts = []
+    for start in range(0, num_images, EVALUATION_BATCH):
+        rows = np.arange(start, min(start + EVALUATION_BATCH, num_images))
+        parts.append(network(pixels(rows).to(device).float() / 255).cpu())
+    return torch.cat(parts)
 
 
 def num_parameters(classifier: Classifier) -> int:

@@ -127,7 +127,7 @@ def test_a_curriculum_can_also_rise_and_can_have_no_iterations():
 
 def test_an_unknown_curriculum_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'step': unknown; known: cosine, linear, none"):
-        crop_areas(4, curriculum="step", start=1, end=0.08, milestone=1)  # pyright: ignore[reportArgumentType]
+        crop_areas(4, curriculum="step", start=1, end=0.08, milestone=1)  # pyright: ignore[reportArgumentType] - on purpose
 
 
 def test_a_share_for_each_iteration_is_that_of_its_row_alone():

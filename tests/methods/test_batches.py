@@ -144,7 +144,7 @@ def test_counts_below_one_are_refused_by_name(counts, name):
 def test_an_unknown_order_is_refused():
     for form in (cross_class_batches, class_major_batches):
         with pytest.raises(ValueError, match="'random'"):
-            form(4, 1, batch_size=2, order="random", seed=0)  # pyright: ignore[reportArgumentType]
+            form(4, 1, batch_size=2, order="random", seed=0)  # pyright: ignore[reportArgumentType] - on purpose
 
 
 def test_planning_does_not_load_torch():

@@ -14,24 +14,12 @@ from prism_ray.methods.inversion.matching import (
 )
 from prism_ray.methods.inversion.statistics import BatchState, LayerTarget
 from tests.methods.nets import (
-    ConvBnNet,
     RepeatedNormNet,
-    ResidualNet,
     images_and_classes,
     network_of,
     num_hooks,
     prepared,
 )
-
-
-@pytest.fixture
-def primary() -> nn.Module:
-    return prepared(ConvBnNet(), 1)
-
-
-@pytest.fixture
-def auxiliary() -> nn.Module:
-    return prepared(ResidualNet(), 2)
 
 
 def bn_distance(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:

@@ -26,16 +26,6 @@ R, FIRST = 0.01, 10.0
 
 
 @pytest.fixture
-def primary() -> nn.Module:
-    return prepared(ConvBnNet(), 1)
-
-
-@pytest.fixture
-def auxiliary() -> nn.Module:
-    return prepared(ResidualNet(), 2)
-
-
-@pytest.fixture
 def bn_free() -> nn.Module:
     return prepared(BnFreeNet(), 3)
 

@@ -1,5 +1,7 @@
 """Selection by scores and by features, against slow and closed-form versions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -68,9 +70,9 @@ def test_herding_ignores_the_length_of_features_and_asking_for_more_changes_noth
 
 
 @pytest.mark.parametrize("choose", [lambda n: lowest(np.zeros(3), n), lambda n: herding(torch.ones(3, 2), n)])
-def test_more_items_than_there_are_are_refused(choose: object) -> None:
+def test_more_items_than_there_are_are_refused(choose: Callable[[int], list[int]]) -> None:
     with pytest.raises(ValueError, match="4 of 3 items"):
-        choose(4)  # type: ignore[operator]
+        choose(4)
 
 
 def test_regression_takes_the_items_that_an_exhaustive_search_takes_one_by_one() -> None:
