@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prism_ray.config import ComputeConfig, Config, Executor, TeacherConfig
+from prism_ray.config import ComputeConfig, Config, TeacherConfig
 from prism_ray.data.prepared import check_dataset
 from prism_ray.data.records import class_ids_of
-from prism_ray.plan import check_size, used_teachers
+from prism_ray.generator_files import check_generator
+from prism_ray.options import Executor
+from prism_ray.plan import check_size, needs_generator, used_teachers
 from prism_ray.runtime.session import check_fits, local_resources, preflight
 from prism_ray.weights import check_architecture, check_weights_file, find_lite, find_weights, is_folder
 
@@ -23,6 +25,8 @@ def check_before_start(configs: Sequence[Config]) -> None:
         for name in used_teachers(config):
             check_teacher(name, config.teachers.models[name])
         check_architecture(config.student.arch, key="student.arch")
+        if needs_generator(config) and config.generator.source not in (None, "train"):
+            check_generator(Path(str(config.generator.source)))
     for dataset in {str(config.dataset): config.dataset for config in configs}.values():
         class_names = check_dataset(dataset)
         for config in (config for config in configs if config.dataset == dataset):

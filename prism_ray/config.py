@@ -1,17 +1,52 @@
 """Every setting once: meaning, unit, default, check, and whether it affects the output.
 
 Plain dataclasses, no Hydra. `cli` composes them from `conf/`; a stage gets its own part, a method plain arguments.
-A setting that affects the output is part of `config_hash`, which names the run; one that does not (where the run is
-stored, how many workers compute it, how long they may take) can change between two calls of the same run.
+A setting that affects the output is part of `config_hash`, which names the run (see `identity`); one that does not
+(where the run is stored, how many workers compute it, how long they may take) can change between two calls of a run.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+
+from prism_ray.options import (
+    BatchPlan,
+    Cadence,
+    ClassOrder,
+    Curriculum,
+    Decoder,
+    Dtype,
+    Engine,
+    EvaluationSplit,
+    Executor,
+    Form,
+    Init,
+    Judges,
+    Keep,
+    LabelKind,
+    LabelRule,
+    LogitRole,
+    Mix,
+    Optimizer,
+    Precision,
+    PromptWorld,
+    Reduction,
+    Reference,
+    Rule,
+    Schedule,
+    Selection,
+    Sizing,
+    SoftLoss,
+    Source,
+    StatisticsRole,
+    Validation,
+)
+
+SAMPLERS = ("ddim", "ddpm", "dpm++", "sde-dpm++", "unipc", "euler", "euler_ancestral", "flow_euler")
+"""Names in `models.samplers`."""
+ATTENTION = ("auto", "native", "xformers")
+"""Names in `models.attention`."""
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -23,6 +58,11 @@ below_one: Check = (lambda v: 0 <= v < 1, "a number from 0 to below 1")
 open_or_one: Check = (lambda v: 0 < v <= 1, "a number above 0, at most 1")
 open_fraction: Check = (lambda v: 0 < v < 1, "a number between 0 and 1, ends excluded")
 gray_or_rgb: Check = (lambda v: v in (1, 3), "1 (gray) or 3 (RGB)")
+from_one: Check = (lambda v: math.isfinite(v) and v >= 1, "a finite number of at least 1")
+finite: Check = (math.isfinite, "a finite number")
+channel_counts: Check = (lambda v: len(v) >= 1 and all(c >= 8 and c % 8 == 0 for c in v), "multiples of 8, one a level")
+sampler_name: Check = (lambda v: v in SAMPLERS, f"one of {', '.join(SAMPLERS)}, or null")
+attention_name: Check = (lambda v: v in ATTENTION, f"one of {', '.join(ATTENTION)}")
 two_betas: Check = (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
 not_empty: Check = (lambda v: len(v) > 0, "at least one entry")
 distinct: Check = (lambda v: len(set(v)) == len(v) > 0, "at least one entry, none of them twice")
@@ -47,211 +87,6 @@ def setting(default: Any = ..., *, doc: str, check: Check | None = None, output:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-class Source(Enum):
-    """Where real images come from."""
-
-    digits = "digits"
-    fashion_mnist = "fashion_mnist"
-    image_folder = "image_folder"
-    parquet = "parquet"
-    imagenet_names = "imagenet_names"
-
-
-class Engine(Enum):
-    """How images are made: optimized (inversion), left as they would start (initial), or real ones in large shards."""
-
-    inversion = "inversion"
-    initial = "initial"
-    real = "real"
-
-
-class Init(Enum):
-    """What an optimized image starts from: a real one, noise, tiles of confident crops, an image of another run."""
-
-    real = "real"
-    noise = "noise"
-    mosaic = "mosaic"
-    generated = "generated"
-
-
-class Selection(Enum):
-    """Which real images are taken.
-
-    The first of each class in source order, a seeded draw, or by what the judges make of them: those they are surest
-    of, those around the median of their certainty, those whose features' mean stays nearest the class's (herding), or
-    those from which an untrained network best predicts their soft labels of all (regression).
-    """
-
-    first = "first"
-    random = "random"
-    confident = "confident"
-    medium = "medium"
-    herding = "herding"
-    regression = "regression"
-
-
-class Judges(Enum):
-    """Whose logits or features select real images and crops: the primary's, or the mean over the pool."""
-
-    primary = "primary"
-    pool = "pool"
-
-
-class BatchPlan(Enum):
-    """Which images are optimized together: one of each class of a chunk, all of as many classes as fit, all of one."""
-
-    cross_class = "cross_class"
-    class_major = "class_major"
-    single_class = "single_class"
-
-
-class ClassOrder(Enum):
-    """How class ids are cut into batches: consecutive, after a seeded permutation, or every n-th."""
-
-    sorted = "sorted"
-    permuted = "permuted"
-    strided = "strided"
-
-
-class LogitRole(Enum):
-    """Whose cross-entropy guides: the primary's, that of the teacher whose turn it is, or of all drawn teachers."""
-
-    primary = "primary"
-    active = "active"
-    drawn = "drawn"
-
-
-class StatisticsRole(Enum):
-    """Whose statistics are matched.
-
-    `fixed`: a named set. `bernoulli_slots`: the primary and randomly filled slots. `auxiliary_slots`: the same without
-    the primary, and at least one auxiliary. `k_subset`: so many of the pool, uniformly. `active`: the one teacher whose
-    turn it is, another at each iteration, around the pool. `all`: the pool.
-    """
-
-    fixed = "fixed"
-    bernoulli_slots = "bernoulli_slots"
-    auxiliary_slots = "auxiliary_slots"
-    k_subset = "k_subset"
-    active = "active"
-    all = "all"
-
-
-class Reduction(Enum):
-    """How the drawn teachers' statistics terms become one.
-
-    Their mean, their sum, their mean weighted by accuracy, or their mean after each was rescaled to the primary's size
-    on real images.
-    """
-
-    mean = "mean"
-    sum = "sum"
-    weighted = "weighted"
-    normalized = "normalized"
-
-
-class Curriculum(Enum):
-    """How the smallest crop falls from `crop_area_start` to `crop_area_min`."""
-
-    none = "none"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Cadence(Enum):
-    """When teachers are drawn again (`run`, `slice` and `batch`: before optimization; others: during it)."""
-
-    run = "run"
-    slice = "slice"
-    batch = "batch"
-    every_n = "every_n"
-    iteration = "iteration"
-
-
-class LabelKind(Enum):
-    """What a student learns from: the label teachers' logits, the class alone, or the class on unaugmented images."""
-
-    soft = "soft"
-    hard = "hard"
-    plain = "plain"
-
-
-class LabelRule(Enum):
-    """How label teachers' logits become one label.
-
-    `mean`: weighted mean. `frobenius`: each teacher's logits first rescaled to the teachers' mean Frobenius norm over
-    the label group. `sample_norm`: weighted mean, then each label rescaled to the label group's mean norm. The last two
-    couple the images of a group.
-    """
-
-    mean = "mean"
-    frobenius = "frobenius"
-    sample_norm = "sample_norm"
-
-
-class Mix(Enum):
-    """What a view is mixed with: nothing, a box of a partner image (CutMix), or a blend with it (Mixup)."""
-
-    none = "none"
-    cutmix = "cutmix"
-    mixup = "mixup"
-
-
-class SoftLoss(Enum):
-    """Loss against soft labels: KL divergence at a temperature, MSE of logits plus cross-entropy, or cosine."""
-
-    kl = "kl"
-    mse_ce = "mse_ce"
-    cosine = "cosine"
-
-
-class Schedule(Enum):
-    """Learning-rate schedule of a student.
-
-    `cosine` to 0; `half_cosine` to one half; `cos2` of PRISM's released program; `step`: a tenth at 30, 60 and 90 %.
-    """
-
-    cosine = "cosine"
-    half_cosine = "half_cosine"
-    cos2 = "cos2"
-    step = "step"
-
-
-class Optimizer(Enum):
-    """A student's optimizer; SGD has momentum 0.9."""
-
-    adamw = "adamw"
-    sgd = "sgd"
-
-
-class Precision(Enum):
-    """Arithmetic of a student's forward pass: single precision, or bfloat16 where autocast allows it."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Validation(Enum):
-    """Where the split comes from on which a learning rate is chosen: real training images, or synthetic ones."""
-
-    training = "training"
-    synthetic = "synthetic"
-
-
-class EvaluationSplit(Enum):
-    """What students are measured on: the test images, or real training images that the run holds none of (tuning)."""
-
-    test = "test"
-    validation = "validation"
-
-
-class Executor(Enum):
-    """Where units run: in this process (the reference), or on Ray actors."""
-
-    inline = "inline"
-    ray = "ray"
 
 
 @dataclass(kw_only=True)
@@ -305,6 +140,117 @@ class TeachConfig:
     flip_probability: float = setting(0.5, doc="of a horizontal flip", check=fraction)
     seed: int = setting(0, doc="seed of initial weights, order and crops")
     checkpoint_every: int = setting(200, doc="steps between checkpoints", check=at_least_one, output=False)
+
+
+@dataclass(kw_only=True)
+class WorldConfig:
+    """A small text-to-image pipeline trained here, for generator source 'train'."""
+
+    vae_channels: list[int] = setting(
+        [32, 64, 64], doc="per level of the autoencoder; each but the last halves the side", check=channel_counts
+    )
+    tiny_channels: int = setting(32, doc="of the tiny decoder", check=at_least_one)
+    unet_channels: list[int] = setting([64, 128], doc="per level of the U-Net", check=channel_counts)
+    text_width: int = setting(64, doc="of the text encoder, a multiple of 4", check=at_least_one)
+    text_layers: int = setting(2, doc="of the text encoder", check=at_least_one)
+    text_length: int = setting(24, doc="tokens of a prompt, both ends included", check=at_least_one)
+    attribute_share: float = setting(
+        0.5, doc="share of training images shown with attributes that their captions name", check=fraction
+    )
+    vae_steps: int = setting(1500, doc="of the autoencoder", check=at_least_one)
+    decoder_steps: int = setting(1000, doc="of the tiny decoder", check=at_least_one)
+    unet_steps: int = setting(4000, doc="of text encoder and U-Net", check=at_least_one)
+    batch_size: int = setting(64, doc="images per step", check=at_least_one)
+    vae_lr: float = setting(0.002, doc="peak learning rate of autoencoder and decoder", check=positive)
+    lr: float = setting(0.001, doc="peak learning rate of text encoder and U-Net", check=positive)
+    kl_weight: float = setting(1e-4, doc="of the autoencoder's divergence from a normal", check=not_negative)
+    caption_drop: float = setting(0.1, doc="share of captions left empty, for guidance without", check=below_one)
+    ema_decay: float = setting(0.998, doc="of the averaged U-Net and text encoder", check=below_one)
+    seed: int = setting(0, doc="of weights, order, attributes and noise")
+    threads: int = setting(2, doc="CPU threads of this training", check=at_least_one)
+    checkpoint_every: int = setting(200, doc="steps between checkpoints", check=at_least_one, output=False)
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig:
+    source: str | None = setting(
+        None,
+        doc="'train' (here, on the data set), a diffusers pipeline folder, or 'hub:NAME'; null: this run has none",
+        check=not_empty,
+    )
+    tiny_decoder: str | None = setting(
+        None,
+        doc="folder of an AutoencoderTiny; null: tiny_decoder/ in the generator's folder, if there",
+        check=not_empty,
+    )
+    image_size: int | None = setting(None, doc="side of its images, pixels; null: its own", check=at_least_one)
+    dtype: Dtype = setting(Dtype.fp32, doc="numbers of its networks; teachers always compute in single precision")
+    attention: str = setting("auto", doc="attention back end", check=attention_name)
+    channels_last: bool = setting(False, doc="memory format of its convolutions")
+    compile: bool = setting(False, doc="torch.compile its repeated blocks")
+    licence: str | None = setting(None, doc="of its weights, for the data-set card", output=False)
+    world: WorldConfig = setting(WorldConfig, doc="the pipeline that source 'train' makes")
+
+
+@dataclass(kw_only=True)
+class PromptsConfig:
+    """The table of prompts that a text-to-image generator is asked, made once and then frozen."""
+
+    world: PromptWorld = setting(PromptWorld.photo, doc="what prompts can ask for")
+    name_only: bool = setting(False, doc="one prompt a class, its name alone")
+    per_class: int = setting(50, doc="prompts of each class, used in turn", check=at_least_one)
+    photo_share: float = setting(0.8, doc="share of prompts without a style", check=fraction)
+    neutral_share: float = setting(0.5, doc="in the small world: share of those without any attribute", check=fraction)
+    styles: list[str] = setting([], doc="styles of the others; empty: those of prism_ray.prompts.content")
+    phrases: dict[str, str] = setting({}, doc="class name → what it is called, where that is not found by itself")
+    max_tokens: int = setting(60, doc="of a prompt, as the generator's tokenizer counts", check=at_least_one)
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How a generator samples, for engine diffusion."""
+
+    sampler: str | None = setting(None, doc="sampler; null: the generator's own", check=sampler_name)
+    steps: int = setting(20, doc="steps from noise to image", check=at_least_one)
+    eta: float = setting(0.0, doc="noise of ddim, 0: none", check=fraction)
+    cfg_scale: float = setting(2.0, doc="classifier-free guidance, 1: none", check=from_one)
+    cfg_start: float = setting(0.0, doc="step at which it begins, share of all", check=fraction)
+    cfg_end: float = setting(1.0, doc="step before which it ends, share of all", check=fraction)
+    micro_batch: int = setting(50, doc="samples of a forward pass, padded to this number", check=at_least_one)
+    oversample: float = setting(1.0, doc="candidates for each image; the least energies are kept", check=from_one)
+    keep: Keep = setting(Keep.of_class, doc="among which candidates")
+    abort_at: float | None = setting(
+        None,
+        doc="step, share of all, at which the energies of clean estimates decide; null: at the end",
+        check=open_fraction,
+    )
+
+
+@dataclass(kw_only=True)
+class GuidanceConfig:
+    """How a teacher's energy steers a sampler, for engine diffusion."""
+
+    scale: float = setting(0.0, doc="0: none; a share of the reference unless sizing is raw", check=finite)
+    rule: Rule = setting(Rule.clean, doc="what is differentiated and moved")
+    form: Form = setting(Form.keep_noise, doc="how the clean image's displacement is handed on, for rule clean")
+    sizing: Sizing = setting(Sizing.normalized, doc="how far it moves")
+    reference: Reference = setting(Reference.cfg, doc="length that the scale is a share of")
+    start: float = setting(0.0, doc="first guided step, share of all", check=fraction)
+    end: float = setting(1.0, doc="step before which guidance ends, share of all", check=fraction)
+    every: int = setting(1, doc="of those, every n-th is guided", check=at_least_one)
+    travel: int = setting(1, doc="times a step of the travel window is taken", check=at_least_one)
+    travel_start: float = setting(0.0, doc="first step of that window, share of all", check=fraction)
+    travel_end: float = setting(1.0, doc="step before which it ends, share of all", check=fraction)
+    teachers: list[str] = setting([], doc="whose energies guide; empty: the primary's")
+    temperature: float = setting(1.0, doc="T of the free energy", check=positive)
+    class_weight: float = setting(0.0, doc="0: free energy; 1: joint energy of image and class", check=not_negative)
+    margin_quantile: float | None = setting(
+        0.5,
+        doc="energies below this quantile of unguided samples of the right class are low enough; null: never",
+        check=fraction,
+    )
+    calibration_images: int = setting(200, doc="unguided samples that it is measured on", check=at_least_one)
+    decoder: Decoder = setting(Decoder.tiny, doc="by which decoder guidance sees the clean image")
 
 
 @dataclass(kw_only=True)
@@ -393,6 +339,9 @@ class MethodConfig:
         doc="size of the images in the first and every other part, share of the side",
         check=open_or_one,
     )
+
+    sampling: SamplingConfig = setting(SamplingConfig, doc="how a generator samples")
+    guidance: GuidanceConfig = setting(GuidanceConfig, doc="how teachers' energies steer it")
 
 
 @dataclass(kw_only=True)
@@ -566,6 +515,8 @@ class Config:
     dataset: DatasetConfig = setting(doc="real data")
     teachers: TeachersConfig = setting(doc="trained classifiers")
     teach: TeachConfig = setting(TeachConfig, doc="training of teachers")
+    generator: GeneratorConfig = setting(GeneratorConfig, doc="text-to-image model that images are sampled from")
+    prompts: PromptsConfig = setting(PromptsConfig, doc="what the generator is asked for")
     method: MethodConfig = setting(doc="synthesis")
     labels: LabelsConfig = setting(LabelsConfig, doc="soft labels")
     student: StudentConfig = setting(doc="students")
@@ -585,58 +536,6 @@ class Row:
 STAGES = ("prepare", "teach", "synthesize", "relabel", "distill", "evaluate", "report")
 
 
-def plain(value: Any) -> Any:
-    """A setting's value as JSON-ready data: dataclasses become dicts, enum members their names."""
-    if is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
-
-
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf setting as (dotted key, value, field metadata), depth first in declaration order."""
-    for f in fields(config):
-        key, value = f"{prefix}{f.name}", getattr(config, f.name)
-        if is_dataclass(value):
-            yield from walk(value, f"{key}.")
-        elif isinstance(value, dict) and any(is_dataclass(v) for v in value.values()):
-            yield key, value, f.metadata
-            for name, entry in value.items():
-                yield from walk(entry, f"{key}.{name}.")
-        else:
-            yield key, value, f.metadata
-
-
-def output_settings(config: Config) -> dict[str, Any]:
-    """The settings that affect the output, by dotted key, JSON-ready."""
-    return {
-        key: plain(value)
-        for key, value, metadata in walk(config)
-        if metadata["output"] and not (isinstance(value, dict) and any(is_dataclass(v) for v in value.values()))
-    }
-
-
-def output_tree(config: Any) -> dict[str, Any]:
-    """The same settings nested, JSON-ready: without paths, addresses and whatever else is this machine's alone."""
-    found = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if not f.metadata["output"]:
-            continue
-        if is_dataclass(value):
-            found[f.name] = output_tree(value)
-        elif isinstance(value, dict) and any(is_dataclass(v) for v in value.values()):
-            found[f.name] = {name: output_tree(entry) for name, entry in value.items()}
-        else:
-            found[f.name] = plain(value)
-    return found
-
-
 def label_teachers(config: Config) -> list[str]:
     """Names of the teachers whose logits become soft labels; a student's own family first, where that is set.
 
@@ -653,31 +552,3 @@ def student_steps(student: StudentConfig, num_images: int) -> int:
         return student.steps
     assert student.epochs is not None, "refused by validation"
     return math.ceil(student.epochs * num_images / student.batch_size)
-
-
-IMAGE_SETTINGS = ("dataset", "teachers", "teach", "method", "seed", "images_per_class", "classes", "compute")
-"""Groups of settings that decide the images; labels and students don't."""
-
-
-def images_hash(config: Config) -> str:
-    """16 hex digits over the settings that affect the images: runs that share it make the same ones."""
-    decides = {k: v for k, v in output_tree(config).items() if k in IMAGE_SETTINGS}
-    if config.evaluate.split is EvaluationSplit.validation:
-        decides["reserved"] = config.student.validation_images  # real images that no synthetic one may start from
-    return content_hash(decides)
-
-
-def config_hash(config: Config) -> str:
-    """16 hex digits over the settings that affect the output; the same for every machine, storage and worker count."""
-    return content_hash(output_settings(config))
-
-
-def content_hash(content: Any) -> str:
-    """16 hex digits over JSON-ready content in canonical form."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def run_id(config: Config) -> str:
-    """The run's name: as set, or recipe, method and config hash, so that the same command finds the same run."""
-    return config.run_id or f"{config.recipe_name}-{config.method.name}-{config_hash(config)[:12]}"

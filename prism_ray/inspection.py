@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from prism_ray import __version__, summary
-from prism_ray.config import Config, Engine, LabelKind, LabelsConfig, Row, label_teachers, run_id, student_steps
+from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_steps
 from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line, within
+from prism_ray.generation import calibration_item, generator_of, prompts_item
+from prism_ray.identity import run_id
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
 from prism_ray.methods.label_layout import LabelLayout
-from prism_ray.plan import Unit, guided, has_statistics, plan_units, reserved_images, used_teachers
+from prism_ray.options import Engine, LabelKind
+from prism_ray.plan import Unit, guided, has_statistics, needs_generator, plan_units, reserved_images, used_teachers
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
@@ -70,7 +73,11 @@ def plan_text(config: Config) -> str:
         lines.append(f"  iterations  {sum(unit.iterations for unit in units)} in all, per unit {budget}")
     estimate = estimate_operations(config, units, _teacher_flops(config, dataset, len(names)))
     rate = config.compute.effective_tflops * 1e12
-    for name, flops in (("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)):
+    counted = [("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)]
+    if config.method.engine is Engine.diffusion:
+        lines.append(f"  sampling    {config.method.sampling.steps} steps; its operations are not estimated")
+        counted = counted[1:]
+    for name, flops in counted:
         hours, speed = flops / rate / 3600, config.compute.effective_tflops
         lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
     return "\n".join(lines)
@@ -146,7 +153,23 @@ def open_existing(config: Config) -> Run:
     if run.dataset is None:
         raise InputError(f"{describe(config)}: its data set is not prepared; start the run first")
     run.teacher_dirs = {name: str(run.teacher_folder(name)) for name in used_teachers(config)}
+    if needs_generator(config):
+        _find_generator(run, run.dataset)
     return run
+
+
+def _find_generator(run: Run, dataset: PreparedDataset) -> None:
+    """What a run samples from, as far as it is there."""
+    folder, _ = generator_of(run.config, dataset, run.artifacts_dir)
+    if not Path(folder).is_dir():
+        return
+    run.generator_dir = folder
+    prompts = prompts_item(run.config, dataset, folder, run.artifacts_dir)
+    if not prompts.is_done or not all(map(Path.is_dir, map(Path, run.teacher_dirs.values()))):
+        return
+    run.prompts_dir = prompts.folder
+    calibration = calibration_item(run.spec(), run.artifacts_dir)
+    run.calibration_dir = calibration.folder if calibration and calibration.is_done else None
 
 
 def status_text(config: Config) -> str:

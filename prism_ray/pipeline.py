@@ -1,4 +1,4 @@
-"""The main path, top to bottom: prepare → teach → synthesize → relabel → distill → evaluate → report.
+"""The main path, top to bottom: prepare, teach, generator, prompts, synthesize, relabel, distill, evaluate, report.
 
 A command drives one run or the rows of a suite; each stage does what is left of all of them at once, so start-up is
 paid once and no worker idles between runs. Every stage leaves its result in the run folder: the same command, run
@@ -15,11 +15,13 @@ from typing import Protocol
 
 from prism_ray import summary
 from prism_ray.checks import check_before_start
-from prism_ray.config import STAGES, Config, Executor, Row
+from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
 from prism_ray.errors import ExitCode, InputError, PrismError
+from prism_ray.generation import calibration_item, generator_of, prompts_item
 from prism_ray.ledger import MANIFEST, Outcome
-from prism_ray.plan import check_statistics, used_teachers
+from prism_ray.options import Executor
+from prism_ray.plan import check_statistics, needs_generator, used_teachers
 from prism_ray.progress import Progress
 from prism_ray.runs import Run, open_run
 from prism_ray.runtime.cluster import RayRuntime
@@ -94,6 +96,8 @@ def run(
         prepare(driven)
         if wanted != ["prepare"]:
             teach(driven)
+            generate(driven)
+            prompt(driven)
         for name, stage in (
             ("synthesize", measure),
             ("synthesize", synthesize),
@@ -177,20 +181,55 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
     return TeacherItem(name, teacher, config.teach, str(dataset.folder), str(folder), compute.threads, gpus)
 
 
+def generate(command: Command) -> None:
+    """Generators as content-addressed artifacts: trained once for all runs with the same settings."""
+    items: dict[str, Item] = {}
+    runs = [each for each in command.runs if needs_generator(each.config)]
+    for each in runs:
+        assert each.dataset is not None, "prepare comes first"
+        each.generator_dir, item = generator_of(each.config, each.dataset, each.artifacts_dir)
+        if item is not None:
+            items[item.folder] = item
+    do_artifacts(command, "generator", items, "generators")
+    for each in runs:
+        each.pin_generator()
+
+
+def prompt(command: Command) -> None:
+    """Tables of prompts, written once and then frozen."""
+    items: dict[str, Item] = {}
+    runs = [each for each in command.runs if needs_generator(each.config)]
+    for each in runs:
+        assert each.dataset is not None, "prepare comes first"
+        assert each.generator_dir is not None, "the generator comes first"
+        item = prompts_item(each.config, each.dataset, each.generator_dir, each.artifacts_dir)
+        each.prompts_dir, items[item.folder] = item.folder, item
+    do_artifacts(command, "prompts", items, "tables")
+    for each in runs:
+        each.pin_prompts()
+
+
+def do_artifacts(command: Command, stage: str, items: Mapping[str, Item], unit: str) -> None:
+    """Have artifact folders made, if there are any to be."""
+    for folder in items:
+        with storage_errors(Path(folder).parent):
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    if items:
+        do_items(command, stage, list(items.values()), unit)
+
+
 def measure(command: Command) -> None:
-    """What synthesis needs to know of the real images: statistics to match, and which of them to start from."""
+    """What synthesis needs to know before: statistics to match, images to start from, energies of unguided samples."""
     runs = [each for each in command.runs if each.open_units(SYNTHESIZE)]
     items: dict[str, Item] = {}
     for each in runs:
         statistics, starts = each.statistics_items(), each.starts_item()
         each.statistics_dirs = {item.name: item.folder for item in statistics}
         each.starts_dir = starts.folder if starts else None
-        items |= {item.folder: item for item in (*statistics, *([starts] if starts else []))}
-    for folder in items:
-        with storage_errors(Path(folder).parent):
-            Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    if items:
-        do_items(command, "measure", list(items.values()), "passes over the data")
+        calibration = calibration_item(each.spec(), each.artifacts_dir)
+        each.calibration_dir = calibration.folder if calibration else None
+        items |= {item.folder: item for item in (*statistics, starts, calibration) if item is not None}
+    do_artifacts(command, "measure", items, "passes")
     for each in runs:
         each.pin_measured()
 

@@ -9,24 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from prism_ray.config import (
-    BatchPlan,
-    Cadence,
-    Config,
-    Engine,
-    EvaluationSplit,
-    Init,
-    Judges,
-    LogitRole,
-    MethodConfig,
-    Selection,
-    StatisticsRole,
-    content_hash,
-    images_hash,
-    label_teachers,
-    plain,
-)
+from prism_ray.config import Config, MethodConfig, label_teachers
 from prism_ray.errors import InputError
+from prism_ray.identity import content_hash, images_hash, plain
 from prism_ray.methods.batches import Batch, class_major_batches, cross_class_batches
 from prism_ray.methods.inversion.budgets import iterations_of_slice
 from prism_ray.methods.inversion.subsets import (
@@ -34,6 +19,17 @@ from prism_ray.methods.inversion.subsets import (
     draw_index,
     draw_statistics_teachers,
     draw_subset,
+)
+from prism_ray.options import (
+    BatchPlan,
+    Cadence,
+    Engine,
+    EvaluationSplit,
+    Init,
+    Judges,
+    LogitRole,
+    Selection,
+    StatisticsRole,
 )
 from prism_ray.seeds import seed_for
 
@@ -245,7 +241,25 @@ def guiding_pool(config: Config) -> list[str]:
     role = config.method.logit_role
     logits = {LogitRole.primary: [], LogitRole.active: config.teachers.pool, LogitRole.drawn: _drawable(config)}[role]
     optimized = logits if _optimizes(config) else []
-    return list(dict.fromkeys([config.teachers.primary, *statistics_pool(config), *optimized]))
+    steering = energy_teachers(config) if config.method.engine is Engine.diffusion else []
+    return list(dict.fromkeys([config.teachers.primary, *statistics_pool(config), *optimized, *steering]))
+
+
+def energy_teachers(config: Config) -> list[str]:
+    """Names of the teachers whose energies steer or select samples."""
+    return config.method.guidance.teachers or [config.teachers.primary]
+
+
+def needs_generator(config: Config) -> bool:
+    """Whether images are sampled from a generator."""
+    return config.method.engine is Engine.diffusion
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether the energies of unguided samples must be known before any is guided."""
+    guidance = config.method.guidance
+    several = len(energy_teachers(config)) > 1
+    return needs_generator(config) and guidance.scale != 0 and (guidance.margin_quantile is not None or several)
 
 
 def statistics_pool(config: Config) -> list[str]:
@@ -275,7 +289,7 @@ def needs_statistics_pass(config: Config) -> bool:
 def needs_starts(config: Config) -> bool:
     """Whether teachers select the real images or crops that synthetic ones start from."""
     method = config.method
-    if method.engine is Engine.real:
+    if method.engine in (Engine.real, Engine.diffusion):
         return False
     return method.init is Init.mosaic or (method.init is Init.real and not _in_plan(method.selection))
 
@@ -290,6 +304,8 @@ def selecting(config: Config) -> list[str]:
 def takes_rows(config: Config) -> bool:
     """Whether the plan itself names the real images that are taken or started from."""
     method = config.method
+    if method.engine is Engine.diffusion:
+        return False
     if method.engine is Engine.real:
         return True
     return method.init is Init.real and _in_plan(method.selection)
@@ -303,8 +319,11 @@ def _batches(config: Config, num_real: Sequence[int]) -> list[Batch]:
     """Every batch, of positions among the chosen classes, of which `num_real` counts the real images."""
     wanted, method = config.images_per_class, config.method
     if method.engine is Engine.real:
-        return _real_batches([count if wanted is None else wanted for count in num_real])
+        num_images = [count if wanted is None else wanted for count in num_real]
+        return _even_batches(num_images, REAL_IMAGES_PER_UNIT)
     assert wanted is not None, "refused by validation"
+    if method.engine is Engine.diffusion:
+        return _even_batches([wanted] * len(num_real), method.batch_size)
     form = {
         BatchPlan.cross_class: cross_class_batches,
         BatchPlan.class_major: class_major_batches,
@@ -319,12 +338,11 @@ def _batches(config: Config, num_real: Sequence[int]) -> list[Batch]:
     )
 
 
-def _real_batches(num_images: Sequence[int]) -> list[Batch]:
-    """Real images, so many of each class, slice by slice in shards of one size."""
+def _even_batches(num_images: Sequence[int], size: int) -> list[Batch]:
+    """So many images of each class, slice by slice in shards of one size; for images that need no companions."""
     pairs = [(c, k) for k in range(max(num_images)) for c, count in enumerate(num_images) if k < count]
-    cuts = range(0, len(pairs), REAL_IMAGES_PER_UNIT)
     # Slices don't fit into such units, so the chunk index alone names them.
-    return [Batch(0, n, tuple(pairs[start : start + REAL_IMAGES_PER_UNIT])) for n, start in enumerate(cuts)]
+    return [Batch(0, n, tuple(pairs[start : start + size])) for n, start in enumerate(range(0, len(pairs), size))]
 
 
 def _selected_rows(
@@ -366,6 +384,8 @@ def _planned_image(config: Config, class_id: int, k: int, sources: dict[int, lis
 
 
 def _iterations(method: MethodConfig, slice_index: int) -> int:
+    if method.engine is Engine.diffusion:
+        return method.sampling.steps
     if method.engine is not Engine.inversion:
         return 0
     return iterations_of_slice(method.iterations, slice_index, decay=method.budget_decay, period=method.budget_period)

@@ -12,22 +12,14 @@ from typing import Any
 import yaml
 
 from prism_ray import __version__
-from prism_ray.config import (
-    Config,
-    Init,
-    LabelKind,
-    Row,
-    config_hash,
-    content_hash,
-    images_hash,
-    output_settings,
-    plain,
-    run_id,
-)
+from prism_ray.config import Config, Row
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import Fenced, InputError, PrismError, one_line
+from prism_ray.generation import generator_digest
+from prism_ray.identity import config_hash, content_hash, images_hash, output_settings, plain, run_id
 from prism_ray.ledger import MANIFEST, Ledger, Receipt
 from prism_ray.lock import RunLock
+from prism_ray.options import Init, LabelKind
 from prism_ray.plan import Unit, has_statistics, needs_starts, needs_statistics_pass, statistics_pool
 from prism_ray.storage import (
     TEMPORARY,
@@ -43,6 +35,8 @@ from prism_ray.storage import (
 from prism_ray.weights import find_weights
 from prism_ray.work import (
     DISTILL,
+    MARKER,
+    PROMPTS_FILE,
     RELABEL,
     STARTS_FILE,
     STATISTICS_FILE,
@@ -64,6 +58,7 @@ PINS = "pins.json"
 TEACHER_PIN = "sha256 of teacher "
 LISTED = ("key", "unit_id", "rows", "bytes", "sha256")
 PACKAGES = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy", "pillow", "scikit-learn", "safetensors")
+SAMPLING_PACKAGES = ("diffusers", "transformers")
 
 
 @dataclass
@@ -79,6 +74,9 @@ class Run:
     teacher_dirs: dict[str, str] = field(default_factory=dict)
     statistics_dirs: dict[str, str] = field(default_factory=dict)
     starts_dir: str | None = None
+    generator_dir: str | None = None
+    prompts_dir: str | None = None
+    calibration_dir: str | None = None
 
     @property
     def name(self) -> str:
@@ -102,6 +100,9 @@ class Run:
             self.teacher_dirs,
             self.statistics_dirs,
             self.starts_dir,
+            self.generator_dir,
+            self.prompts_dir,
+            self.calibration_dir,
         )
 
     @cached_property
@@ -241,12 +242,25 @@ class Run:
         for name, folder in self.teacher_dirs.items():
             self.pin(f"{TEACHER_PIN}{name}", sha256_of_file(find_weights(Path(folder))))
 
+    def pin_generator(self) -> None:
+        """Pin what is sampled from."""
+        if self.generator_dir is not None:
+            self.pin("digest of generator", generator_digest(Path(self.generator_dir)))
+
+    def pin_prompts(self) -> None:
+        """Pin the table of prompts."""
+        if self.prompts_dir is not None:
+            self.pin("sha256 of prompts", sha256_of_file(Path(self.prompts_dir) / PROMPTS_FILE))
+
     def pin_measured(self) -> None:
         """Pin what was measured of the real images for synthesis."""
         for name, folder in self.statistics_dirs.items():
             self.pin(f"sha256 of statistics of {name}", sha256_of_file(Path(folder) / STATISTICS_FILE))
         if self.starts_dir is not None:
             self.pin("sha256 of starts", sha256_of_file(Path(self.starts_dir) / STARTS_FILE))
+        if self.calibration_dir is not None:
+            facts = (read_json(open_store(self.calibration_dir), MARKER) or {})["teachers"]
+            self.pin("digest of calibration", content_hash(facts))
         if self.config.method.init is Init.generated:
             receipts = started_from(self.spec()).receipts(SYNTHESIZE)
             content = content_hash({name: receipt.sha256 for name, receipt in receipts.items()})
@@ -352,7 +366,7 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide the output."""
     found = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *SAMPLING_PACKAGES):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

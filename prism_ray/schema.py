@@ -36,7 +36,9 @@ IMAGE_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("source_image_id", pa.string()),  # the real image this one is or started from; null from noise
     ("primary_teacher", pa.string()),  # null for real images
     ("statistics_teachers", pa.list_(pa.string())),
-    ("iterations", pa.int64()),
+    ("energy_teachers", pa.list_(pa.string())),  # whose energies steered the sampler or chose among its samples
+    ("energy", pa.float64()),  # their mean energy of the stored pixels; null where nothing was sampled
+    ("iterations", pa.int64()),  # of optimization, or steps of the sampler
     ("loss_ce", pa.float64()),  # cross-entropy of the batch at its last iteration, nats; null for real images
     ("loss_bn", pa.float64()),  # statistics term of the batch at its last iteration, unweighted
     ("verifier_class", pa.int64()),  # the primary's prediction on the stored pixels

@@ -5,9 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prism_ray.config import Engine, EvaluationSplit, LabelKind, config_hash, content_hash, label_teachers, output_tree
+from prism_ray.config import label_teachers
 from prism_ray.errors import InputError
-from prism_ray.plan import statistics_pool, used_teachers
+from prism_ray.identity import config_hash, content_hash, output_tree
+from prism_ray.options import Engine, EvaluationSplit, LabelKind
+from prism_ray.plan import energy_teachers, needs_generator, statistics_pool, used_teachers
 from prism_ray.report.contents import (
     KINDS,
     Cosine,
@@ -75,6 +77,7 @@ def summarize(run: Run) -> RunSummary:
     images, labels = run.ledger.receipts(SYNTHESIZE), run.ledger.receipts(RELABEL)
     num_images, seconds = sum(r.rows for r in images.values()), sum(r.seconds for r in images.values())
     optimized = config.method.engine is Engine.inversion
+    made = config.method.engine in (Engine.inversion, Engine.diffusion)
     measures = (read_json(run.store, DIVERSITY) or {}) if DiversityItem(run.spec()).is_done else {}
     diversity = [_diversity(space) for space in measures.get("spaces", [])]
     teachers, students = _teachers(run), _students(run)
@@ -109,7 +112,7 @@ def summarize(run: Run) -> RunSummary:
             for e in run.ledger.quarantined()
         ],
         synthesis_s=seconds,
-        images_per_s=num_images / seconds if optimized and seconds else None,
+        images_per_s=num_images / seconds if made and seconds else None,
         teachers=teachers,
         student=_student_facts(run, teachers),
         students=students,
@@ -155,6 +158,7 @@ def _teachers(run: Run) -> list[TeacherFacts]:
     roles = {
         "primary": [config.teachers.primary] if config.method.engine is Engine.inversion else [],
         "statistics": statistics_pool(config),
+        "energy": energy_teachers(config) if needs_generator(config) else [],
         "labels": label_teachers(config) if LabelKind.soft in config.student.labels else [],
         "features": [config.evaluate.feature_model or config.teachers.primary],
         "judge": config.evaluate.judges,

@@ -3,27 +3,26 @@
 import math
 from typing import Any
 
-from prism_ray.config import (
-    STAGES,
+from prism_ray.config import STAGES, Check, Config, label_teachers, plain_name
+from prism_ray.errors import InputError
+from prism_ray.identity import plain, walk
+from prism_ray.options import (
     BatchPlan,
-    Check,
-    Config,
     Engine,
     EvaluationSplit,
     Init,
+    Keep,
     LabelKind,
     LabelRule,
+    PromptWorld,
     Reduction,
+    Rule,
     Selection,
+    Sizing,
     Source,
     StatisticsRole,
     Validation,
-    label_teachers,
-    plain,
-    plain_name,
-    walk,
 )
-from prism_ray.errors import InputError
 
 
 def check_config(config: Config) -> None:
@@ -43,6 +42,8 @@ def check_config(config: Config) -> None:
     _check_roles(config)
     _check_images(config)
     _check_method(config)
+    _check_sampling(config)
+    _check_prompts(config)
     _check_real_images(config)
     _check_labels(config)
     _check_student(config)
@@ -79,6 +80,7 @@ def _check_teachers(config: Config) -> None:
         "evaluate.feature_model": [config.evaluate.feature_model] if config.evaluate.feature_model else [],
         "evaluate.judges": config.evaluate.judges,
         "method.statistics_fixed": method.statistics_fixed,
+        "method.guidance.teachers": method.guidance.teachers,
     }
     for key, names in named.items():
         for name in names:
@@ -141,6 +143,8 @@ def _check_roles(config: Config) -> None:
 def _check_method(config: Config) -> None:
     """Refuse settings of synthesis that contradict each other."""
     method = config.method
+    if method.engine is Engine.diffusion:
+        return
     if method.engine is Engine.real:
         if method.selection not in (Selection.first, Selection.random):
             raise InputError(
@@ -177,6 +181,73 @@ def _check_method(config: Config) -> None:
         raise InputError(
             f"method.crop_area_start={method.crop_area_start}: below crop_area_min={method.crop_area_min}, where the "
             "curriculum ends; raise it"
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    """Refuse settings of sampling and guidance that contradict each other."""
+    if config.method.engine is not Engine.diffusion:
+        return
+    sampling, guidance = config.method.sampling, config.method.guidance
+    if config.generator.source is None:
+        raise InputError(
+            f"generator.source=null: method {config.method.name!r} samples from a generator; give a diffusers pipeline "
+            "folder, or train (then set prompts.world=small)"
+        )
+    for key, start, end in (
+        ("sampling.cfg", sampling.cfg_start, sampling.cfg_end),
+        ("guidance.", guidance.start, guidance.end),
+        ("guidance.travel", guidance.travel_start, guidance.travel_end),
+    ):
+        joint = "" if key.endswith(".") else "_"
+        if start >= end:
+            raise InputError(
+                f"method.{key}{joint}start={start}: not below {key}{joint}end={end}, so no step is left between them; "
+                "lower it"
+            )
+    if guidance.sizing is Sizing.needed and guidance.rule is not Rule.clean:
+        raise InputError(
+            f"method.guidance.sizing=needed, method.guidance.rule={guidance.rule.name}: how far is needed is measured "
+            "in the clean image; use rule=clean, or sizing=normalized"
+        )
+    if guidance.sizing is Sizing.needed and guidance.margin_quantile is None:
+        raise InputError(
+            "method.guidance.sizing=needed: moves until an energy is low enough, and guidance.margin_quantile=null "
+            "says none is; set it, or use sizing=normalized"
+        )
+    if sampling.abort_at is not None and sampling.oversample == 1:
+        raise InputError(
+            f"method.sampling.abort_at={sampling.abort_at}: with oversample=1 there is nothing to choose from; raise "
+            "oversample, or set abort_at=null"
+        )
+    if sampling.keep is Keep.of_prompt and sampling.oversample != int(sampling.oversample):
+        raise InputError(
+            f"method.sampling.oversample={sampling.oversample}: keep=of_prompt draws so many for every image; expected "
+            "a whole number"
+        )
+    if len(set(guidance.teachers)) < len(guidance.teachers):
+        raise InputError(f"method.guidance.teachers={guidance.teachers}: names a teacher twice; leave one out")
+
+
+def _check_prompts(config: Config) -> None:
+    """Refuse prompts that nobody can write or that the generator was not taught."""
+    if config.method.engine is not Engine.diffusion:
+        return
+    prompts, is_trained = config.prompts, config.generator.source == "train"
+    if (prompts.world is PromptWorld.small) != is_trained:
+        raise InputError(
+            f"prompts.world={prompts.world.name}, generator.source={config.generator.source}: a generator trained here "
+            "knows the attributes of world small and nothing else, any other one photos; correct one of them"
+        )
+    if is_trained and config.dataset.image_size % 2 ** (len(config.generator.world.vae_channels) - 1):
+        factor = 2 ** (len(config.generator.world.vae_channels) - 1)
+        raise InputError(
+            f"generator.world.vae_channels: {len(config.generator.world.vae_channels)} levels divide a side by "
+            f"{factor}, which dataset.image_size={config.dataset.image_size} is no multiple of; use fewer levels"
+        )
+    if is_trained and config.generator.world.text_width % 4:
+        raise InputError(
+            f"generator.world.text_width={config.generator.world.text_width}: no multiple of 4, its attention heads"
         )
 
 

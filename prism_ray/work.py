@@ -9,20 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prism_ray.config import (
-    Config,
-    Init,
-    LabelKind,
-    Selection,
-    TeachConfig,
-    TeacherConfig,
-    content_hash,
-    plain,
-)
+from prism_ray.config import Config, PromptsConfig, TeachConfig, TeacherConfig, WorldConfig
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.data.records import class_ids_of
 from prism_ray.errors import InputError, PrismError
+from prism_ray.identity import content_hash, plain
 from prism_ray.ledger import Ledger, Receipt
+from prism_ray.options import Init, LabelKind, Selection
 from prism_ray.plan import Unit, needs_starts, plan_units, reserved_images, selecting
 from prism_ray.storage import open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights, is_folder
@@ -34,6 +27,7 @@ DIVERSITY_VERSION = 2
 MARKER = "prism_ray.json"
 """File that tells a complete artifact folder, with what is known of its content."""
 STATISTICS_FILE, STARTS_FILE = "statistics.safetensors", "starts.parquet"
+PROMPTS_FILE = "prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,12 @@ class RunSpec:
     """By teacher, where its statistics were measured; empty where batch norm carries all that are matched."""
     starts_dir: str | None = None
     """Where teachers' choice of real images and crops is, if images start from one."""
+    generator_dir: str | None = None
+    """The pipeline folder that images are sampled from, if they are."""
+    prompts_dir: str | None = None
+    """Where the table of its prompts is."""
+    calibration_dir: str | None = None
+    """Where the energies of unguided samples are, if guidance needs them."""
 
     def ledger(self) -> Ledger:
         return Ledger(open_store(self.run_dir))
@@ -106,6 +106,58 @@ class TeacherItem(ArtifactItem):
     folder: str
     threads: int
     gpus: float
+
+
+@dataclass(frozen=True)
+class GeneratorItem(ArtifactItem):
+    """A small text-to-image pipeline to train; `folder` is where its artifact belongs."""
+
+    world: WorldConfig
+    phrases: tuple[str, ...]  # what each class is called in captions
+    dataset_dir: str
+    folder: str
+    gpus: float
+    name: ClassVar[str] = "generator"
+
+
+@dataclass(frozen=True)
+class PromptsItem(ArtifactItem):
+    """A table of prompts to write; `folder` is where its artifact belongs."""
+
+    prompts: PromptsConfig
+    class_names: tuple[str, ...]
+    seed: int
+    generator_dir: str  # whose tokenizer counts
+    folder: str
+    name: ClassVar[str] = "prompts"
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """All that decides the energies of unguided samples, and so names their folder."""
+
+    generator: str  # digest of its folder
+    settings: dict[str, Any]  # how it computes and samples
+    prompts: str  # digest of the table
+    teachers: dict[str, str]  # by name, digest of its weights and of its description
+    class_ids: tuple[int, ...]
+    num_images: int
+    quantile: float
+    temperature: float
+    class_weight: float
+    seed: int
+    threads: int
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class CalibrationItem(ArtifactItem):
+    """Unguided samples, for the margins of guided ones; `folder` is where its artifact belongs."""
+
+    spec: RunSpec
+    settings: CalibrationSettings
+    folder: str
+    name: ClassVar[str] = "calibration"
 
 
 @dataclass(frozen=True)
@@ -253,7 +305,17 @@ class DiversityItem:
         return (found.get("version"), found.get("inputs")) == (DIVERSITY_VERSION, inputs)
 
 
-Item = TeacherItem | StatisticsItem | StartsItem | StudentItem | SearchItem | DiversityItem
+Item = (
+    TeacherItem
+    | GeneratorItem
+    | PromptsItem
+    | CalibrationItem
+    | StatisticsItem
+    | StartsItem
+    | StudentItem
+    | SearchItem
+    | DiversityItem
+)
 
 
 def scratch_dir(item: Item) -> Path:
@@ -313,7 +375,7 @@ def statistics_item(spec: RunSpec, name: str, artifacts_dir: Path) -> Statistics
     """The pass over the real images that measures what a run matches of one of its teachers."""
     method, compute, dataset = spec.config.method, spec.config.compute, spec.dataset()
     settings = StatisticsSettings(
-        teacher=content_hash(_digests(Path(spec.teacher_dirs[name]))),
+        teacher=classifier_digest(Path(spec.teacher_dirs[name])),
         dataset=dataset.content_hash,
         conv=method.conv_statistics,
         patch_size=method.patch_size if method.conv_statistics else None,
@@ -337,7 +399,7 @@ def starts_item(spec: RunSpec, artifacts_dir: Path) -> StartsItem:
     mosaic = Drawing(method.candidates, config.seed, tiles=method.mosaic_tiles, crops=method.mosaic_crops)
     settings = StartsSettings(
         kind="mosaic" if is_mosaic else method.selection.name,
-        judges=tuple(content_hash(_digests(Path(folder))) for folder in judge_dirs),
+        judges=tuple(classifier_digest(Path(folder)) for folder in judge_dirs),
         dataset=spec.dataset().content_hash,
         class_ids=tuple(spec.class_ids()),
         images_per_class=config.images_per_class,
@@ -399,3 +461,8 @@ def check_starts(spec: RunSpec) -> None:
 def _digests(folder: Path) -> list[str]:
     """sha256 of a classifier's weights and of its description, which holds its preprocessing."""
     return [sha256_of_file(path) for path in (find_weights(folder), folder / "config.json")]
+
+
+def classifier_digest(folder: Path) -> str:
+    """Digest of a classifier's weights and of its description."""
+    return content_hash(_digests(folder))

@@ -452,7 +452,7 @@ def artifacts(storage: Path) -> dict[Path, int]:
 def test_a_run_measures_once_what_it_needs_and_runs_share_it(prism: Command, tmp_path: Path) -> None:
     result = prism("run", *ALL)
     assert result.code == 0, result
-    assert "[measure] 3/3 passes over the data" in result.out
+    assert "[measure] 3/3 passes" in result.out
     made = artifacts(tmp_path / "outputs")
     assert len(made) == 3 * 2
     other = prism("run", *ALL, "method.lr=0.2")

@@ -60,7 +60,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy(arguments: list[str]) ->
     assert asked.stderr == ""
     *text, imported = asked.stdout.splitlines()
     assert imported == "[]"
-    for word in (*VERBS, "recipe=digits|digits_smoke", "method=prism", "suite=digits"):
+    for word in (*VERBS, "recipe=digits|digits_dfkd", "method=prism", "suite=digits"):
         assert any(word in line for line in text), word
 
 

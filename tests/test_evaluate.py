@@ -10,10 +10,10 @@ import torch
 from commands import spec_of_copy
 
 from prism_ray import cli
-from prism_ray.config import EvaluationSplit, LabelKind
 from prism_ray.ledger import read_table
 from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top1, vendi_score
 from prism_ray.models.classifier import load_classifier
+from prism_ray.options import EvaluationSplit, LabelKind
 from prism_ray.stages.device import deterministic, teacher_of
 from prism_ray.stages.distill import Distiller, measured_accuracy, reserved_rows, validation_split
 from prism_ray.stages.evaluate import measure_diversity

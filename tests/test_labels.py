@@ -16,12 +16,12 @@ import torch
 from commands import Command
 
 from prism_ray import cli
-from prism_ray.config import LabelRule, Mix
 from prism_ray.errors import PrismError
 from prism_ray.inspection import open_existing
 from prism_ray.ledger import read_table
 from prism_ray.lock import newest_epoch
 from prism_ray.methods.soft_labels import Codec
+from prism_ray.options import LabelRule, Mix
 from prism_ray.plan import Unit
 from prism_ray.report.format import format_bytes
 from prism_ray.schema import label_schema, table_bytes, text_metadata

@@ -7,8 +7,9 @@ from itertools import combinations
 import pytest
 
 from prism_ray.cli import compose
-from prism_ray.config import Config, images_hash
+from prism_ray.config import Config
 from prism_ray.errors import InputError
+from prism_ray.identity import images_hash
 from prism_ray.plan import (
     REAL_IMAGES_PER_UNIT,
     Unit,

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from prism_ray import cli
-from prism_ray.config import LabelKind, Row
+from prism_ray.config import Row
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.inspection import open_existing
 from prism_ray.ledger import read_table
 from prism_ray.models.classifier import load_classifier
+from prism_ray.options import LabelKind
 from prism_ray.runs import locate
 from prism_ray.stages.device import deterministic, teacher_of
 from prism_ray.stages.training import test_accuracy as held_out_accuracy

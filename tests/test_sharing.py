@@ -8,7 +8,7 @@ import pytest
 from commands import Command, products
 
 from prism_ray.cli import compose_suite
-from prism_ray.config import LabelKind
+from prism_ray.options import LabelKind
 from prism_ray.storage import open_store
 from prism_ray.work import RunSpec, SearchItem, chosen_lr
 

@@ -14,17 +14,10 @@ from commands import spec_of_copy
 from safetensors.torch import load_file
 
 from prism_ray import cli
-from prism_ray.config import (
-    LabelKind,
-    Optimizer,
-    Precision,
-    Schedule,
-    SoftLoss,
-    Validation,
-)
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError
 from prism_ray.ledger import Receipt
+from prism_ray.options import LabelKind, Optimizer, Precision, Schedule, SoftLoss, Validation
 from prism_ray.stages import distill
 from prism_ray.stages.data_parallel import ALONE
 from prism_ray.stages.distill import Distiller, student_lr, validation_split

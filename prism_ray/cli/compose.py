@@ -9,8 +9,9 @@ from typing import Any
 
 from prism_ray.cli.files import CONF, GROUPS, first_lines, group_file, group_names, read_yaml
 from prism_ray.cli.keys import expected, is_text, kind_of
-from prism_ray.config import Config, Row, run_id
+from prism_ray.config import Config, Row
 from prism_ray.errors import InputError
+from prism_ray.identity import run_id
 from prism_ray.validation import check_config
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")

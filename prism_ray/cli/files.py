@@ -7,7 +7,7 @@ from prism_ray.cli.keys import nearest
 from prism_ray.errors import InputError
 
 CONF = Path(__file__).parent.parent / "conf"
-GROUPS = ("recipe", "dataset", "method", "labels", "student", "compute")
+GROUPS = ("recipe", "dataset", "method", "prompts", "labels", "student", "compute")
 
 
 def group_names(group: str) -> list[str]:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from prism_ray.config import DatasetConfig, content_hash
+from prism_ray.config import DatasetConfig
 from prism_ray.data.records import RealImage, Split
 from prism_ray.errors import InputError
+from prism_ray.identity import content_hash
 from prism_ray.weights import timm_folder
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_ray import schema
-from prism_ray.config import DatasetConfig, Source, content_hash, plain, walk
+from prism_ray.config import DatasetConfig
 from prism_ray.data import imagenet_names
 from prism_ray.data.pixels import decode_png, fit
 from prism_ray.data.publish import published_folder, write_durably
@@ -28,6 +28,8 @@ from prism_ray.data.records import SPLITS, RealImage, RealSource, Split
 from prism_ray.data.shards import ShardFile, SplitSummary, write_split
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line
+from prism_ray.identity import content_hash, plain, walk
+from prism_ray.options import Source
 from prism_ray.storage import sha256_of_file
 
 SUMMARY = "dataset.json"

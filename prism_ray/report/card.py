@@ -39,7 +39,9 @@ COLUMNS: dict[str, str] = {
     "source_image_id": "real image that this one is or started from; null if it started from noise",
     "primary_teacher": "teacher whose logits guided the image; null for real images",
     "statistics_teachers": "teachers whose batch-norm statistics were matched, drawn at some iteration",
-    "iterations": "optimization steps",
+    "energy_teachers": "teachers whose energies steered or selected the sample; empty where nothing was sampled",
+    "energy": "their mean energy of the stored pixels; the lower, the more the image is like their training data",
+    "iterations": "optimization steps, or steps of the sampler",
     "loss_ce": "cross-entropy of its batch at the last step, nats",
     "loss_bn": "statistics term of its batch at the last step, unweighted",
     "verifier_class": "what the primary teacher predicts on the stored pixels",
@@ -116,7 +118,9 @@ def _label_rows(table: LabelTable) -> dict[str, Any]:
 
 
 def starts_from(summary: RunSummary) -> str:
-    """What an image was before: `real` where it is a real one, else what it started from, see `config.Init`."""
+    """What an image was before: `real` where it is a real one, `sampled` from a generator, else see `options.Init`."""
+    if summary.config.get("method", {}).get("engine") == "diffusion":
+        return "sampled"
     if not summary.budget:
         return "real"
     init = summary.config.get("method", {}).get("init", "real")

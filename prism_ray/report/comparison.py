@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from prism_ray.config import IMAGE_SETTINGS, Config
+from prism_ray.config import Config
 from prism_ray.errors import InputError
+from prism_ray.identity import IMAGE_SETTINGS
 from prism_ray.report.contents import RunSummary, TeacherFacts
 
 COLUMNS = ("student.labels",)

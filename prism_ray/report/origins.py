@@ -33,9 +33,12 @@ class Origin:
 
 
 def licences_of(config: Config) -> dict[str, str | None]:
-    """Stated licences of all that a run is made from, by the setting's owner: `dataset`, `teachers.models.NAME`."""
+    """Stated licences of all that a run is made from, by the setting's owner.
+
+    Owners are `dataset`, `generator` and `teachers.models.NAME`.
+    """
     teachers = {f"teachers.models.{name}": teacher.licence for name, teacher in config.teachers.models.items()}
-    return {"dataset": config.dataset.licence, **teachers}
+    return {"dataset": config.dataset.licence, "generator": config.generator.licence, **teachers}
 
 
 def licence_header(licence: str | None) -> dict[str, str]:
@@ -49,10 +52,14 @@ def licence_header(licence: str | None) -> dict[str, str]:
 
 
 def origins(summary: RunSummary, licences: Mapping[str, str | None]) -> list[Origin]:
-    """The real data and every teacher, with where each comes from and its licence."""
+    """The real data, the generator and every teacher, with where each comes from and its licence."""
     num_train = summary.dataset.num_train
     data = f"{num_train:,} training images" if num_train else "names of its classes alone"
     found = [Origin(f"data set {summary.dataset.name}", data, licences.get("dataset"))]
+    if summary.config.get("method", {}).get("engine") == "diffusion":
+        is_own = summary.config.get("generator", {}).get("source") == "train"
+        source = f"trained on {summary.dataset.name}, captioned" if is_own else "weights made elsewhere"
+        found.append(Origin("generator", source, licences.get("generator")))
     models = summary.config.get("teachers", {}).get("models", {})
     for teacher in summary.teachers:
         source = models.get(teacher.name, {}).get("source", "")

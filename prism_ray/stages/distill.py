@@ -16,23 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_ray.config import (
-    Config,
-    EvaluationSplit,
-    LabelKind,
-    Precision,
-    SoftLoss,
-    Validation,
-    config_hash,
-    content_hash,
-    student_steps,
-)
+from prism_ray.config import Config, student_steps
 from prism_ray.errors import InputError, PrismError, within
+from prism_ray.identity import config_hash, content_hash
 from prism_ray.ledger import Receipt
 from prism_ray.lock import check_epoch
 from prism_ray.methods.distillation import cosine_loss, hard_loss, kl_loss, mse_ce_loss
 from prism_ray.methods.schedules import SCHEDULES, with_warmup
 from prism_ray.models.classifier import Classifier, save_classifier
+from prism_ray.options import EvaluationSplit, LabelKind, Precision, SoftLoss, Validation
 from prism_ray.plan import needs_starts, reserved_images
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import ALONE, Group

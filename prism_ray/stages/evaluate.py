@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_ray.config import LabelKind
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.ledger import read_table
 from prism_ray.lock import check_epoch
 from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top_k_hits, vendi_score
+from prism_ray.options import LabelKind
 from prism_ray.stages.device import deterministic, pick_device, teacher_of
 from prism_ray.stages.training import in_batches
 from prism_ray.stages.views import decode_images

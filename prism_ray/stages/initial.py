@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_ray.config import Init
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError
 from prism_ray.ledger import read_table
+from prism_ray.options import Init
 from prism_ray.plan import Unit, needs_starts
 from prism_ray.stages.starts import Starts, initial_pixels
 from prism_ray.stages.views import decode_images

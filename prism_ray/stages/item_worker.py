@@ -7,7 +7,18 @@ from prism_ray.stages.starts import make_starts
 from prism_ray.stages.statistics import make_statistics
 from prism_ray.stages.teach import make_teacher
 from prism_ray.storage import storage_errors
-from prism_ray.work import Item, SearchItem, StartsItem, StatisticsItem, StudentItem, TeacherItem, scratch_dir
+from prism_ray.work import (
+    CalibrationItem,
+    GeneratorItem,
+    Item,
+    PromptsItem,
+    SearchItem,
+    StartsItem,
+    StatisticsItem,
+    StudentItem,
+    TeacherItem,
+    scratch_dir,
+)
 
 
 class ItemWorker:
@@ -21,6 +32,18 @@ class ItemWorker:
         with storage_errors(scratch_dir(item)):
             if isinstance(item, TeacherItem):
                 make_teacher(item)
+            elif isinstance(item, GeneratorItem):
+                from prism_ray.stages.generator import make_generator  # imports diffusers, which few workers need
+
+                make_generator(item)
+            elif isinstance(item, PromptsItem):
+                from prism_ray.stages.prompts import make_prompts
+
+                make_prompts(item)
+            elif isinstance(item, CalibrationItem):
+                from prism_ray.stages.calibration import make_calibration
+
+                make_calibration(item)
             elif isinstance(item, StatisticsItem):
                 make_statistics(item)
             elif isinstance(item, StartsItem):

@@ -8,11 +8,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prism_ray.config import Config, LabelRule, LabelsConfig, label_teachers
+from prism_ray.config import Config, LabelsConfig, label_teachers
 from prism_ray.errors import PrismError
 from prism_ray.ledger import Ledger, read_table
 from prism_ray.methods.batch_statistics import batch_statistics
 from prism_ray.methods.soft_labels import Codec, combine
+from prism_ray.options import LabelRule
 from prism_ray.plan import Unit
 from prism_ray.schema import label_schema, text_metadata
 from prism_ray.stages.device import teacher_of

@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prism_ray.config import content_hash
 from prism_ray.errors import InputError
+from prism_ray.identity import content_hash
 from prism_ray.storage import Store, abandoned, storage_errors, sync_path
 
 DECODERS = 4

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prism_ray.config import Selection, plain
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.data.publish import publish_files
+from prism_ray.identity import plain
 from prism_ray.methods.mosaics import compose, cut, draw_crops, padded
 from prism_ray.methods.selection import cosine_kernel, herding, lowest, medium, regression
 from prism_ray.models.classifier import Classifier, frozen
+from prism_ray.options import Selection
 from prism_ray.plan import PlannedImage, permuted
 from prism_ray.schema import table_bytes
 from prism_ray.seeds import seed_for

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from prism_ray.config import plain
 from prism_ray.data.publish import publish_files
+from prism_ray.identity import plain
 from prism_ray.methods.inversion.statistics import LayerTarget, Moments, matched_layers, targets_of
 from prism_ray.methods.views import crop_flip, render
 from prism_ray.plan import has_statistics, needs_statistics_pass

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from prism_ray.config import LabelKind
 from prism_ray.errors import PrismError
 from prism_ray.methods.distillation import batch_of_step, block_of_step, mixed_classes, mixed_logits
 from prism_ray.methods.views import Cutmix, cutmix, paste
+from prism_ray.options import LabelKind
 from prism_ray.plan import Unit
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import Group

@@ -1,9 +1,9 @@
-"""Synthesize: one planned batch of images, optimized or taken from the real ones, as rows of an image shard."""
+"""Synthesize: one planned batch of images, optimized, sampled or taken from the real ones, as rows of a shard."""
 
 import io
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,24 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from prism_ray.config import Engine, Reduction, images_hash
+from prism_ray.identity import images_hash
 from prism_ray.ledger import Receipt
 from prism_ray.methods.inversion.augment import crop_areas, draw_augmentations
 from prism_ray.methods.inversion.budgets import entry_iterations
 from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
-from prism_ray.models.classifier import read_extra
-from prism_ray.plan import Unit, guided, guiding_pool, guiding_teachers, statistics_pool
+from prism_ray.models.classifier import Classifier, read_extra
+from prism_ray.options import Engine, Reduction
+from prism_ray.plan import (
+    Unit,
+    energy_teachers,
+    guided,
+    guiding_pool,
+    guiding_teachers,
+    needs_generator,
+    statistics_pool,
+)
 from prism_ray.schema import IMAGE_COLUMNS, image_schema
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, peak_memory_bytes, pick_device, teacher_of
@@ -34,8 +43,12 @@ class Made:
 
     pixels: np.ndarray  # (B, C, H, W) uint8
     sources: list[str | None]  # names of the real images each one is or started from
-    loss_ce: float | None
-    loss_bn: float | None
+    loss_ce: float | None = None
+    loss_bn: float | None = None
+    prompts: list[str | None] | None = None
+    seeds: list[int] | None = None  # of each image, where it is not the planned one
+    energies: list[float] | None = None
+    details: dict[str, float] = field(default_factory=dict)  # of the unit, for its receipt
 
 
 class Synthesizer:
@@ -52,7 +65,8 @@ class Synthesizer:
             for name, teacher in self._teachers.items()
         }
         self._facts = {name: read_extra(Path(spec.teacher_dirs[name])) for name in self._teachers}
-        self._start_of = open_starts(spec)
+        self._sampling = _Sampling(spec, self._teachers, self.device) if needs_generator(spec.config) else None
+        self._start_of = None if self._sampling else open_starts(spec)
 
     def compute(self, unit: Unit) -> tuple[pa.Table, Receipt]:
         """The unit's shard and its receipt, lacking what only publishing knows."""
@@ -70,15 +84,19 @@ class Synthesizer:
                 "loss_bn": made.loss_bn,
                 "iterations": unit.iterations,
                 "cpu_s": time.process_time() - cpu_started,
+                **made.details,
             },
         )
         return table, receipt
 
     def _make(self, unit: Unit) -> Made:
+        if self._sampling is not None:
+            return self._sampling.make(unit)
+        assert self._start_of is not None
         started = self._start_of(unit)
         if self.config.method.engine is Engine.inversion:
             return self._invert(unit, started)
-        return Made(to_uint8(started.pixels).numpy(), started.sources, None, None)
+        return Made(to_uint8(started.pixels).numpy(), started.sources)
 
     def _invert(self, unit: Unit, started: Started) -> Made:
         method, size = self.config.method, self.dataset.image_size
@@ -185,8 +203,8 @@ class Synthesizer:
         same = {
             "unit_id": unit.unit_id,
             "method": self.config.method.name,
-            "prompt": None,
             "primary_teacher": self.config.teachers.primary if inverted else None,
+            "energy_teachers": energy_teachers(self.config) if made.energies else [],
             "statistics_teachers": self._statistics_teachers(unit) if inverted else [],
             "iterations": unit.iterations,
             "loss_ce": made.loss_ce,
@@ -201,7 +219,9 @@ class Synthesizer:
                 "image_id": image.image_id,
                 "class_name": self.dataset.class_names[image.class_id],
                 "index_in_class": image.index_in_class,
-                "seed": image.seed,
+                "seed": made.seeds[n] if made.seeds else image.seed,
+                "prompt": made.prompts[n] if made.prompts else None,
+                "energy": made.energies[n] if made.energies else None,
                 "source_image_id": made.sources[n],
                 "verifier_class": verdict[n],
                 "verifier_confidence": confidence[n],
@@ -222,6 +242,48 @@ class Synthesizer:
         logits = self._teachers[self.config.teachers.primary](images)
         probabilities = logits.softmax(dim=1)[torch.arange(len(class_ids)), torch.tensor(class_ids)]
         return logits.argmax(dim=1).tolist(), probabilities.tolist()
+
+
+class _Sampling:
+    """Samples units of one run from its generator."""
+
+    def __init__(self, spec: RunSpec, teachers: Mapping[str, Classifier], device: torch.device) -> None:
+        from prism_ray.stages.calibration import margins_of  # imports diffusers, which few workers need
+        from prism_ray.stages.guided import GuidedSampler
+        from prism_ray.stages.sampling_parts import generator_for, prompts_by_class
+
+        dataset = spec.dataset()
+        self._prompts = prompts_by_class(spec)
+        self._sampler = GuidedSampler(
+            spec.config,
+            generator_for(spec, device),
+            teachers,
+            margins=margins_of(spec),
+            image_size=dataset.image_size,
+            channels=dataset.channels,
+            device=device,
+        )
+
+    def make(self, unit: Unit) -> Made:
+        own = [self._prompts[image.class_id] for image in unit.images]
+        prompts = [found[image.index_in_class % len(found)] for image, found in zip(unit.images, own, strict=True)]
+        chosen = self._sampler.choose(unit, prompts)
+        running = chosen.running
+        guided = max(int(running.guided.sum()), 1)
+        return Made(
+            chosen.pixels,
+            [None] * len(unit.images),
+            prompts=[candidate.prompt for candidate in running.candidates],
+            seeds=[candidate.seed for candidate in running.candidates],
+            energies=chosen.energies,
+            details={
+                "candidates": chosen.num_candidates,
+                "guided_steps": int(running.guided.sum()),
+                "satisfied_share": int(running.satisfied.sum()) / guided,
+                "skipped_steps": int(running.skipped.sum()),
+                "mean_energy": sum(chosen.energies) / len(chosen.energies),
+            },
+        )
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

@@ -30,16 +30,21 @@ from prism_ray.models.flops import forward_flops
 from prism_ray.models.imagenet_lite import load_imagenet_lite
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, untrained
-from prism_ray.stages.training import Checkpoints, Course, Forward, fit, in_batches, num_parameters
+from prism_ray.stages.training import (
+    Checkpoints,
+    Course,
+    Forward,
+    fit,
+    in_batches,
+    num_parameters,
+    one_cycle_lr,
+)
 from prism_ray.storage import storage_errors, sync_files, sync_path
 from prism_ray.weights import LITE
 from prism_ray.work import MARKER, TeacherItem
 
 BN_IMAGES = 100
 """Real images at most that a teacher's batch-norm statistics are compared with."""
-
-WARM_UP = 0.2
-"""Share of the steps over which the learning rate rises; assumed, as usual for one-cycle schedules."""
 
 
 def make_teacher(item: TeacherItem) -> None:
@@ -195,14 +200,6 @@ class _Batch:
     @property
     def num_images(self) -> int:
         return len(self.pixels)
-
-
-def one_cycle_lr(lr: float, *, step: int, total: int) -> float:
-    """Linear rise from 0.04 lr over the warm-up, then a cosine to 0."""
-    rise = max(1, round(WARM_UP * total))
-    if step < rise:
-        return lr * (0.04 + 0.96 * step / rise)
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
 def _adopted(item: TeacherItem, dataset: PreparedDataset, device: torch.device) -> Classifier:

@@ -1,4 +1,4 @@
-"""The one training loop: teachers and students differ in the batch of a step and its loss."""
+"""The one training loop: teachers, students and generators differ in the batch of a step and its loss."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import PrismError
@@ -25,6 +25,9 @@ from prism_ray.models.checkpoint import load_checkpoint, read_extra, save_checkp
 from prism_ray.models.classifier import Classifier
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import ALONE, Group
+
+WARM_UP = 0.2
+"""Share of the steps over which the learning rate rises; assumed, as usual for one-cycle schedules."""
 
 EVALUATION_BATCH = 512
 AHEAD = 2
@@ -48,7 +51,8 @@ class Batch(Protocol):
 
 
 B = TypeVar("B", bound=Batch)
-Forward = Callable[[Tensor], Tensor]
+N = TypeVar("N", bound=nn.Module)
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,7 @@ class Checkpoints:
     path: Path  # replaced as a whole, removed by the caller
     every: int  # steps
     identity: str  # of what is being trained; a checkpoint of anything else is ignored
+    keep_last: bool = False  # also at the end, where other trainings follow before anything is published
     after: Callable[[list[dict[str, Any]]], None] = lambda history: None  # gets the epochs so far; may raise to stop
 
 
@@ -143,17 +148,17 @@ class Record:
 
 
 def fit(
-    classifier: Classifier,
+    network: N,
     course: Course,
     *,
     prepare: Callable[[int], B],
     loss_of: Callable[[Forward, B], Tensor],
     checkpoints: Checkpoints,
-    evaluate: Callable[[Classifier], float] | None = None,
+    evaluate: Callable[[N], float] | None = None,
     evaluate_every: int | None = None,
     in_background: bool = False,
     group: Group = ALONE,
-) -> tuple[Classifier, Record]:
+) -> tuple[N, Record]:
     """Train in place; a killed training continues from its checkpoint, bit for bit.
 
     Args:
@@ -170,20 +175,20 @@ def fit(
         Diverged: the loss is not finite. Looked at when an epoch ends, when a checkpoint is due, and at the end: to ask
             the device in every step would have it wait for us.
     """
-    device = next(classifier.parameters()).device
-    optimizer = make_optimizer(course.optimizer, classifier, lr=course.lr_of_step(0), weight_decay=course.weight_decay)
+    device = next(network.parameters()).device
+    optimizer = make_optimizer(course.optimizer, network, lr=course.lr_of_step(0), weight_decay=course.weight_decay)
     # Parameters are averaged, buffers (batch-norm statistics) copied.
-    average = ModelEmaV3(classifier, decay=course.ema_decay, exclude_buffers=True) if course.ema_decay else None
-    kept = classifier if average is None else cast(Classifier, average.module)
-    state = {"module": classifier, "optimizer": optimizer, "average": None if average is None else kept}
+    average = ModelEmaV3(network, decay=course.ema_decay, exclude_buffers=True) if course.ema_decay else None
+    kept = network if average is None else cast(N, average.module)
+    state = {"module": network, "optimizer": optimizer, "average": None if average is None else kept}
     first, record = _resumed(checkpoints, state)
     group.check_same(first, device)
     with (
-        group.joint_batch_norm(classifier),
+        group.joint_batch_norm(network),
         closing(_prepared(prepare, first, course.num_steps, ahead=AHEAD if in_background else 0)) as batches,
     ):
-        forward = _forward(classifier, course, group, device)
-        classifier.train()
+        forward = _forward(network, course, group, device)
+        network.train()
         losses, order_hash = torch.zeros((), dtype=torch.float64, device=device), 0
         for step in range(first, course.num_steps):
             began = time.perf_counter()
@@ -200,12 +205,13 @@ def fit(
             loss.backward()
             optimizer.step()
             if average is not None:
-                average.update(classifier)
+                average.update(network)
             losses += loss.detach().double() / group.size
             order_hash += batch.order_hash
 
             epoch = course.ends_epoch(step)
-            is_due = (step + 1) % checkpoints.every == 0 and step + 1 < course.num_steps
+            is_last = step + 1 == course.num_steps
+            is_due = checkpoints.keep_last if is_last else (step + 1) % checkpoints.every == 0
             if is_due or epoch is not None:
                 record.add_sums(group.summed(losses).item(), group.summed_hash(order_hash % 2**64, device))
                 losses, order_hash = torch.zeros_like(losses), 0
@@ -213,29 +219,29 @@ def fit(
             record.add_step(course.batch_size, seconds=time.perf_counter() - began, wait_s=wait_s)
             if evaluate is not None and evaluate_every and (step + 1) % evaluate_every == 0 and group.is_first:
                 record.add_look(evaluate(kept.eval()))
-                classifier.train()
+                network.train()
             if epoch is not None:
                 record.end_epoch(epoch, step=step + 1, lr=course.lr_of_step(step), batch_size=course.batch_size)
             if is_due and group.is_first:
                 extra = {"identity": checkpoints.identity, "record": asdict(record)}
                 save_checkpoint(checkpoints.path, **state, step=step + 1, extra=extra)
                 checkpoints.after(record.history)
-    classifier.eval()
+    network.eval()
     return kept.eval(), record
 
 
-def _forward(classifier: Classifier, course: Course, group: Group, device: torch.device) -> Forward:
+def _forward(network: nn.Module, course: Course, group: Group, device: torch.device) -> Forward:
     """The forward pass of a training; what is saved stays the plain module."""
-    network: Any = group.wrapped(classifier)
+    wrapped: Any = group.wrapped(network)
     if course.compiled:
         # Compiled here, and not by processes that a killed worker would leave behind.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        network = torch.compile(network)
+        wrapped = torch.compile(wrapped)
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(*inputs: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=course.bfloat16):
-            logits = network(images)
-        return logits.float()  # losses are computed in single precision
+            output = wrapped(*inputs)
+        return output.float()  # losses are computed in single precision
 
     return forward
 
@@ -272,6 +278,14 @@ def _resumed(checkpoints: Checkpoints, state: dict[str, Any]) -> tuple[int, Reco
 def _check_finite(loss: float, course: Course, step: int) -> None:
     if not math.isfinite(loss):
         raise Diverged(f"{course.name}: the loss is {loss} by step {step + 1}; lower the learning rate")
+
+
+def one_cycle_lr(lr: float, *, step: int, total: int) -> float:
+    """Linear rise from 0.04 lr over the warm-up, then a cosine to 0."""
+    rise = max(1, round(WARM_UP * total))
+    if step < rise:
+        return lr * (0.04 + 0.96 * step / rise)
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
 def test_accuracy(classifier: Classifier, dataset: PreparedDataset, device: torch.device) -> float:

@@ -13,8 +13,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prism_ray.config import LabelsConfig, Mix, content_hash, plain
+from prism_ray.config import LabelsConfig
+from prism_ray.identity import content_hash, plain
 from prism_ray.methods.views import Cutmix, Mixup, blend, crop_flip, cutmix, mixup, paste, render
+from prism_ray.options import Mix
 from prism_ray.plan import Unit
 from prism_ray.seeds import seed_for
 from prism_ray.stages.pixels import DecodedPixels, Pixels, decode_image

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prism_ray.config import DatasetConfig, Source
+from prism_ray.config import DatasetConfig
 from prism_ray.data.prepared import PreparedDataset, check_dataset, prepare_dataset
 from prism_ray.errors import InputError
+from prism_ray.options import Source
 
 
 def digits(**settings: Any) -> DatasetConfig:

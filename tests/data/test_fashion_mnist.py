@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_ray.config import DatasetConfig, Source
+from prism_ray.config import DatasetConfig
 from prism_ray.data import fashion_mnist
 from prism_ray.data.prepared import check_dataset, prepare_dataset
 from prism_ray.errors import InputError
+from prism_ray.options import Source
 
 TRAIN_LABELS = [9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 TEST_LABELS = [3, 1, 4]

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prism_ray.config import DatasetConfig, Source
+from prism_ray.config import DatasetConfig
 from prism_ray.data.prepared import check_dataset, prepare_dataset
 from prism_ray.errors import InputError
+from prism_ray.options import Source
 
 NAMES = ["cat", "dog"]
 LABELS = [1, 0, 1, 1, 0, 0]

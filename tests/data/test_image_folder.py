@@ -12,9 +12,10 @@ import pytest
 from fsspec.registry import known_implementations
 from PIL import Image
 
-from prism_ray.config import DatasetConfig, Source
+from prism_ray.config import DatasetConfig
 from prism_ray.data.prepared import check_dataset, prepare_dataset
 from prism_ray.errors import InputError
+from prism_ray.options import Source
 
 COLORS = {"cat": (200, 10, 0), "dog": (0, 20, 220)}
 

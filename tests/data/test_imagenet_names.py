@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 from timm.data.imagenet_info import ImageNetInfo
 
-from prism_ray.config import DatasetConfig, Source
+from prism_ray.config import DatasetConfig
 from prism_ray.data.imagenet_names import class_names, class_names_like, synsets
 from prism_ray.data.prepared import PreparedDataset, check_dataset, find_prepared, prepare_dataset
 from prism_ray.data.records import class_ids_of
 from prism_ray.errors import InputError
+from prism_ray.options import Source
 
 CONFIG = DatasetConfig(name="imagenet_names", source=Source.imagenet_names, image_size=128)
 

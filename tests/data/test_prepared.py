@@ -20,12 +20,13 @@ import pytest
 from PIL import Image
 
 from prism_ray import schema
-from prism_ray.config import DatasetConfig, Source
+from prism_ray.config import DatasetConfig
 from prism_ray.data import prepared as prepared_module
 from prism_ray.data import shards
 from prism_ray.data.prepared import PreparedDataset, class_names_hash, prepare_dataset
 from prism_ray.data.records import RealImage, Split
 from prism_ray.errors import InputError, PrismError
+from prism_ray.options import Source
 
 NUM_IMAGES = {"train": 30, "test": 6}
 

@@ -2,7 +2,6 @@ from itertools import pairwise
 
 import pytest
 
-from prism_ray.config import Schedule
 from prism_ray.methods.schedules import (
     SCHEDULES,
     cos2_factor,
@@ -12,6 +11,7 @@ from prism_ray.methods.schedules import (
     step_factor,
     with_warmup,
 )
+from prism_ray.options import Schedule
 
 
 def test_cosine_lr_of_the_released_budget_has_its_golden_values():

@@ -137,6 +137,7 @@ def test_licences_are_those_of_the_settings() -> None:
     config = compose(["recipe=digits_smoke", "dataset.licence=CC-BY-4.0", "teachers.models.vgg.licence=MIT"])
     assert licences_of(config) == {
         "dataset": "CC-BY-4.0",
+        "generator": None,
         "teachers.models.vgg": "MIT",
         "teachers.models.convnet": None,
     }

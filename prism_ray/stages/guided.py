@@ -1,0 +1,327 @@
+"""Guided: images sampled from a generator, steered and selected by the energies of teachers.
+
+Samples pass the generator in micro-batches of one size, padded if need be, so that neither their number nor their order
+changes a byte. Shapes: N or B samples, images (N, C, H, W), latents (B, c, h, w).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism_ray.config import Config
+from prism_ray.errors import InputError
+from prism_ray.methods.diffusion.energies import Guide, guidance_loss, teacher_energy
+from prism_ray.methods.diffusion.guidance import Guidance
+from prism_ray.methods.diffusion.sampling import Cfg, sample
+from prism_ray.methods.inversion.engine import to_uint8
+from prism_ray.methods.resizing import resized
+from prism_ray.models.classifier import LUMA, Classifier
+from prism_ray.models.generators import Generator
+from prism_ray.models.samplers import ONE_STEP, Sampler, check_sampler
+from prism_ray.options import Decoder, Keep
+from prism_ray.plan import Unit, energy_teachers
+from prism_ray.seeds import seed_for
+
+Margins = Mapping[str, tuple[float | None, float]]
+"""By teacher: the energy that is low enough, None for none, and the size of its energies' differences."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample to draw, for one of the images of its group."""
+
+    class_id: int
+    prompt: str
+    seed: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Images of a unit in its order."""
+
+    running: "Running"
+    pixels: np.ndarray  # (N, C, H, W) uint8
+    energies: list[float]  # of these pixels, mean over the steering teachers
+    num_candidates: int
+
+
+class GuidedSampler:
+    """Samples of one run.
+
+    Args:
+        config: its settings.
+        generator: what is sampled from.
+        teachers: by name; those that steer are among them.
+        margins: see `Margins`; teachers that are not in it have none.
+        image_size, channels: of stored images.
+
+    Raises:
+        InputError: the sampler can't do what is asked of it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        generator: Generator,
+        teachers: Mapping[str, Classifier],
+        *,
+        margins: Margins,
+        image_size: int,
+        channels: int,
+        device: torch.device,
+    ) -> None:
+        self._method, self._generator, self._device = config.method, generator, device
+        self._image_size, self._channels = image_size, channels
+        self._guides = [Guide(teachers[name], *margins.get(name, (None, 1.0))) for name in energy_teachers(config)]
+        sampling = config.method.sampling
+        self._guidance = guidance_of(config)
+        named = sampling.sampler or generator.sampler
+        self._sampler = check_sampler(named, generator.scheduler_config, self._guidance)
+        if sampling.abort_at is not None and self._sampler not in ONE_STEP:
+            raise InputError(
+                f"method.sampling.abort_at={sampling.abort_at}: samples leave their batch half-way, and sampler "
+                f"{self._sampler} keeps a history of it; use one of {', '.join(ONE_STEP)}, or null"
+            )
+
+    def choose(self, unit: Unit, prompts: Sequence[str]) -> Chosen:
+        """The images of a unit: of its candidates those of least energy, so many of each class as it has.
+
+        Args:
+            prompts: of each image of the unit.
+        """
+        sampling = self._method.sampling
+        candidates = candidates_of(unit, prompts, oversample=sampling.oversample, keep=sampling.keep)
+        places = _places(unit, sampling.keep)
+        running = begun(candidates)
+        if sampling.abort_at is not None and len(candidates) > len(unit.images):
+            running = self.advance(running, until=max(1, round(sampling.abort_at * sampling.steps)))
+            running = running.only(_kept(self.energies(self.images(running.clean), running), running, places))
+        running = self.advance(running)
+        images = self.images(running.latents)
+        energies = self.energies(images, running)
+        kept = _kept(energies, running, places)
+        return Chosen(running.only(kept), to_uint8(images[kept]).numpy(), energies[kept].tolist(), len(candidates))
+
+    def advance(self, running: "Running", *, until: int | None = None, guidance: Guidance | None = None) -> "Running":
+        """Samples some steps further, None: to the end."""
+        size = self._method.sampling.micro_batch
+        parts = []
+        for start in range(0, len(running.candidates), size):
+            part = running.only(list(range(start, min(start + size, len(running.candidates)))))
+            moved = self._advance(part.padded(size), until, self._guidance if guidance is None else guidance)
+            parts.append(moved.only(list(range(len(part.candidates)))))
+        return joined(parts)
+
+    def _advance(self, running: "Running", until: int | None, guidance: Guidance) -> "Running":
+        """One micro-batch."""
+        sampling, generator = self._method.sampling, self._generator
+        sampler = Sampler(
+            self._sampler,
+            generator.scheduler_config,
+            sampling.steps,
+            generators=running.generators,
+            travel_generators=running.travel_generators,
+            device=self._device,
+            eta=sampling.eta,
+            mu=generator.shift,
+            first=running.step,
+        )
+        x = sampler.initial(generator.latent_shape, generator.dtype) if running.step == 0 else running.latents
+        class_ids = running.class_ids.to(self._device)
+        x, record = sample(
+            x.to(self._device),
+            denoise=generator.denoiser(
+                generator.conditions([candidate.prompt for candidate in running.candidates]), sampler.timesteps
+            ),
+            steps=sampler,
+            cfg=Cfg(sampling.cfg_scale, sampling.cfg_start, sampling.cfg_end),
+            guidance=guidance,
+            energy=lambda clean: self._loss(clean, class_ids),
+            first=running.step,
+            until=until,
+        )
+        return replace(
+            running,
+            latents=x,
+            clean=record.clean,
+            guided=running.guided + record.guided.cpu(),
+            satisfied=running.satisfied + record.satisfied.cpu(),
+            skipped=running.skipped + record.skipped.cpu(),
+            step=sampler.num_steps if until is None else until,
+        )
+
+    def _loss(self, clean: Tensor, class_ids: Tensor) -> Tensor:
+        guidance = self._method.guidance
+        images = self._generator.decode_for_guidance(clean, full=guidance.decoder is Decoder.full)
+        return guidance_loss(
+            self._as_stored(images),
+            class_ids,
+            self._guides,
+            temperature=guidance.temperature,
+            class_weight=guidance.class_weight,
+        )
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Images as they are stored, by the full decoder: (N, C, H, W) in [0, 1], on the CPU."""
+        parts = self._in_micro_batches(latents, lambda part: self._as_stored(self._generator.decode(part)))
+        # What is stored is rounded; energies are of that.
+        return to_uint8(parts).float() / 255
+
+    @torch.no_grad()
+    def energies(self, images: Tensor, running: "Running") -> Tensor:
+        """Mean energy over the steering teachers, without margins: (N,)."""
+        guidance = self._method.guidance
+        found = []
+        for guide in self._guides:
+            logits = self.logits(guide.teacher, images)
+            energies = teacher_energy(
+                logits, running.class_ids, temperature=guidance.temperature, class_weight=guidance.class_weight
+            )
+            found.append(energies)
+        return torch.stack(found).mean(dim=0)
+
+    @torch.no_grad()
+    def logits(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """A teacher's logits (N, K), on the CPU."""
+        return self._in_micro_batches(images, lambda part: teacher(part).float())
+
+    def _in_micro_batches(self, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of every sample, computed in batches of one size."""
+        size, parts = self._method.sampling.micro_batch, []
+        for part in values.split(size):
+            padded = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
+            parts.append(function(padded.to(self._device))[: len(part)].cpu())
+        return torch.cat(parts)
+
+    def _as_stored(self, images: Tensor) -> Tensor:
+        """In the channels and the size of stored images."""
+        if images.shape[1] == 3 and self._channels == 1:
+            images = (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+        return resized(images.expand(-1, self._channels, -1, -1), self._image_size)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Samples on their way, all with the same number of steps behind them."""
+
+    candidates: list[Candidate]
+    generators: list[torch.Generator]
+    travel_generators: list[torch.Generator]
+    guided: Tensor  # (N,) times their energy was looked at
+    satisfied: Tensor  # (N,) of those, times it was low enough
+    skipped: Tensor  # (N,) times its gradient could not be followed
+    step: int = 0
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    clean: Tensor = field(default_factory=lambda: torch.empty(0))  # x0 as the last step estimated it
+
+    @property
+    def class_ids(self) -> Tensor:
+        """(N,)"""
+        return torch.tensor([candidate.class_id for candidate in self.candidates])
+
+    def only(self, kept: Sequence[int]) -> "Running":
+        """Some of them, in that order."""
+        chosen = {}
+        for name, values in vars(self).items():
+            if isinstance(values, list):
+                chosen[name] = [values[n] for n in kept]
+            elif isinstance(values, Tensor) and len(values):
+                chosen[name] = values[list(kept)]
+        return replace(self, **chosen)
+
+    def padded(self, size: int) -> "Running":
+        """The last one again until there are `size`, with random streams of their own."""
+        missing = size - len(self.candidates)
+        longer = self.only([*range(len(self.candidates)), *[len(self.candidates) - 1] * missing])
+        for streams in (longer.generators, longer.travel_generators):
+            for n in range(len(self.candidates), size):
+                streams[n] = torch.Generator().set_state(streams[n].get_state())
+        return longer
+
+
+def begun(candidates: Sequence[Candidate]) -> Running:
+    """Samples before their first step."""
+    zeros = torch.zeros(len(candidates), dtype=torch.int64)
+    return Running(
+        list(candidates),
+        [torch.Generator().manual_seed(candidate.seed) for candidate in candidates],
+        [torch.Generator().manual_seed(seed_for(candidate.seed, "travel")) for candidate in candidates],
+        zeros,
+        zeros.clone(),
+        zeros.clone(),
+    )
+
+
+def joined(parts: Sequence[Running]) -> Running:
+    """Samples of several micro-batches as one list."""
+    together = {}
+    for name, values in vars(parts[0]).items():
+        if isinstance(values, list):
+            together[name] = [entry for part in parts for entry in getattr(part, name)]
+        elif isinstance(values, Tensor):
+            together[name] = torch.cat([getattr(part, name) for part in parts])
+    return replace(parts[0], **together)
+
+
+def candidates_of(unit: Unit, prompts: Sequence[str], *, oversample: float, keep: Keep) -> list[Candidate]:
+    """What is drawn for a unit: its own images, then for each group so many more that all are `oversample` times them.
+
+    The more have seeds of their own and the prompts of their group's images in turn.
+    """
+    own = [
+        Candidate(image.class_id, prompt, image.seed, _group(unit, n, keep))
+        for n, (image, prompt) in enumerate(zip(unit.images, prompts, strict=True))
+    ]
+    more = []
+    for group, places in _places(unit, keep).items():
+        for j in range(math.ceil(len(places) * oversample - 1e-9) - len(places)):
+            like = own[places[j % len(places)]]
+            more.append(replace(like, seed=seed_for(unit.seed, "candidate", group, j)))
+    return own + more
+
+
+def _group(unit: Unit, place: int, keep: Keep) -> int:
+    return unit.images[place].class_id if keep is Keep.of_class else place
+
+
+def _places(unit: Unit, keep: Keep) -> dict[int, list[int]]:
+    """Places of a unit's images by the group whose candidates they are chosen from."""
+    found: dict[int, list[int]] = {}
+    for place in range(len(unit.images)):
+        found.setdefault(_group(unit, place, keep), []).append(place)
+    return found
+
+
+def _kept(energies: Tensor, running: Running, places: Mapping[int, Sequence[int]]) -> list[int]:
+    """Which candidate becomes the image of each place: of each group those of least energy, in the order drawn."""
+    winners: dict[int, int] = {}
+    for group, own in places.items():
+        members = [n for n, candidate in enumerate(running.candidates) if candidate.group == group]
+        # A sample whose energy is not a number loses to all others.
+        ranked = sorted(members, key=lambda n: (math.isnan(energies[n]), float(energies[n]), n))
+        winners |= dict(zip(own, sorted(ranked[: len(own)]), strict=True))
+    return [winners[place] for place in sorted(winners)]
+
+
+def guidance_of(config: Config) -> Guidance:
+    """A run's guidance as the method takes it."""
+    settings = config.method.guidance
+    return Guidance(
+        scale=settings.scale,
+        rule=settings.rule.name,
+        form=settings.form.name,
+        sizing=settings.sizing.name,
+        reference=settings.reference.name,
+        start=settings.start,
+        end=settings.end,
+        every=settings.every,
+        travel=settings.travel,
+        travel_start=settings.travel_start,
+        travel_end=settings.travel_end,
+    )

@@ -1,0 +1,39 @@
+"""What sampling needs of its process: a generator, loaded once, and the prompts of each class."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from prism_ray.errors import InputError
+from prism_ray.models.generators import DTYPES, Generator, Placement, load_generator
+from prism_ray.prompts.table import from_jsonl
+from prism_ray.work import PROMPTS_FILE, RunSpec
+
+
+def generator_for(spec: RunSpec, device: torch.device) -> Generator:
+    """A run's generator, loaded once per process."""
+    assert spec.generator_dir is not None, "the generator comes first"
+    settings = spec.config.generator
+    placement = Placement(
+        device, DTYPES[settings.dtype.name], settings.attention, settings.channels_last, settings.compile
+    )
+    return _load(spec.generator_dir, placement, settings.image_size, settings.tiny_decoder)
+
+
+@lru_cache(maxsize=2)
+def _load(folder: str, placement: Placement, image_size: int | None, tiny_decoder: str | None) -> Generator:
+    tiny = None if tiny_decoder is None else Path(tiny_decoder)
+    return load_generator(Path(folder), placement=placement, image_size=image_size, tiny_decoder=tiny)
+
+
+def prompts_by_class(spec: RunSpec) -> dict[int, list[str]]:
+    """The prompts of each class in the order of use; for a generator that takes class ids, those."""
+    assert spec.prompts_dir is not None, "prompts come first"
+    found: dict[int, list[str]] = {}
+    for row in from_jsonl((Path(spec.prompts_dir) / PROMPTS_FILE).read_bytes()):
+        found.setdefault(row.class_id, []).append(row.prompt)
+    missing = [class_id for class_id in spec.class_ids() if class_id not in found]
+    if missing:
+        raise InputError(f"{spec.prompts_dir}: has no prompt of class {missing[0]}; delete the folder and run again")
+    return found

@@ -1,0 +1,307 @@
+"""Sampling from a generator, end to end on the smoke recipe: a pipeline is trained, prompted, calibrated, sampled."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands import Command, products, spec_of_copy
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from prism_ray import cli
+from prism_ray.config import Row
+from prism_ray.errors import PrismError
+from prism_ray.generation import generator_of
+from prism_ray.models.classifier import load_classifier
+from prism_ray.options import Keep
+from prism_ray.prompts.table import from_jsonl
+from prism_ray.runs import locate
+from prism_ray.stages.generator import make_generator
+from prism_ray.stages.guided import candidates_of
+from prism_ray.stages.synthesize import Synthesizer
+from prism_ray.work import MARKER, PROMPTS_FILE, GeneratorItem
+
+SMOKE = ["recipe=digits_dfkd_smoke", "compute=inline"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with one finished run. Not to be written to."""
+    storage = tmp_path_factory.mktemp("sampled") / "outputs"
+    assert cli.main(["run", *SMOKE, f"storage={storage}"]) == 0
+    return storage
+
+
+@pytest.fixture
+def models(finished: Path, tmp_path: Path) -> Path:
+    """Storage with its data, teachers, generator and prompts alone."""
+    storage = tmp_path / "outputs"
+    for kind in ("datasets", "teachers", "generators", "prompts"):
+        shutil.copytree(finished / "artifacts" / kind, storage / "artifacts" / kind)
+    return storage
+
+
+def run_dir(storage: Path) -> Path:
+    (folder,) = (storage / "runs").iterdir()
+    return folder
+
+
+def rows_of(storage: Path) -> list[dict[str, Any]]:
+    files = sorted((run_dir(storage) / "images").glob("*.parquet"))
+    return [row for path in files for row in pq.read_table(path).to_pylist()]
+
+
+def only(storage: Path, kind: str) -> Path:
+    (folder,) = [path for path in (storage / "artifacts" / kind).iterdir() if not path.name.startswith(".")]
+    return folder
+
+
+def test_every_image_tells_its_prompt_its_seed_and_its_energy(finished: Path) -> None:
+    rows = rows_of(finished)
+    assert len(rows) == 30
+    assert all(row["energy_teachers"] == ["vgg"] and np.isfinite(row["energy"]) for row in rows)
+    assert {row["prompt"] for row in rows if row["label"] == 3} == {"a digit three"}
+    assert len({row["seed"] for row in rows}) == 30
+    assert all(row["source_image_id"] is None and row["iterations"] == 4 for row in rows)
+
+
+def test_energies_are_of_the_stored_pixels(finished: Path) -> None:
+    import io
+
+    from PIL import Image
+
+    teacher = load_classifier(only(finished, "teachers")).eval()
+    rows = rows_of(finished)
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])[:, None]
+    with torch.no_grad():
+        energies = -torch.logsumexp(teacher(torch.from_numpy(pixels).float() / 255), dim=1)
+    torch.testing.assert_close(
+        energies.double(), torch.tensor([row["energy"] for row in rows]).double(), atol=1e-4, rtol=0
+    )
+
+
+def test_the_generator_is_an_ordinary_pipeline_folder(finished: Path) -> None:
+    folder = only(finished, "generators")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("a digit three", num_inference_steps=2, output_type="np", guidance_scale=2.0).images
+    assert images.shape == (1, 16, 16, 1)
+    assert (folder / "tiny_decoder" / "config.json").is_file()
+    facts = json.loads((folder / MARKER).read_text())
+    assert facts["phrases"][3] == "digit three"
+
+
+def test_the_same_command_makes_the_same_bytes_elsewhere(finished: Path, tmp_path: Path, prism: Command) -> None:
+    """Also the generator, trained again."""
+    assert prism("run", *SMOKE).code == 0
+    other = tmp_path / "outputs"
+    assert products(run_dir(other)) == products(run_dir(finished))
+    for name in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        digests = {hashlib.sha256((only(s, "generators") / name).read_bytes()).hexdigest() for s in (finished, other)}
+        assert len(digests) == 1
+
+
+def test_a_finished_run_again_does_nothing(finished: Path, tmp_path: Path, prism: Command) -> None:
+    shutil.copytree(finished, tmp_path / "outputs")
+    before = products(run_dir(finished))
+    assert prism("run", *SMOKE).code == 0
+    assert products(run_dir(tmp_path / "outputs")) == before
+
+
+def test_a_killed_generator_continues_from_its_last_checkpoint(
+    finished: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed inside each of its three trainings, it ends with the same bytes."""
+    config = cli.compose([*SMOKE, f"storage={models}", "generator.world.checkpoint_every=2"])
+    run = locate(Row("row", config))
+    from prism_ray.data.prepared import find_prepared
+
+    dataset = find_prepared(config.dataset, run.artifacts_dir)
+    assert dataset is not None
+    folder, item = generator_of(config, dataset, run.artifacts_dir)
+    assert isinstance(item, GeneratorItem)
+    assert folder == str(only(models, "generators"))
+    expected = (Path(folder) / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+
+    import prism_ray.stages.training as training
+
+    save, saved = training.save_checkpoint, []
+
+    def killed_after_saving(path: Path, **state: Any) -> None:
+        save(path, **state)
+        saved.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", killed_after_saving)
+    for _ in range(20):
+        try:
+            make_generator(item)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(saved) >= 5
+    assert (Path(folder) / "unet/diffusion_pytorch_model.safetensors").read_bytes() == expected
+    assert not list(Path(folder).parent.glob(".*checkpoint*"))
+
+
+def test_prompts_are_a_frozen_table(finished: Path) -> None:
+    rows = from_jsonl((only(finished, "prompts") / PROMPTS_FILE).read_bytes())
+    assert [row.prompt for row in rows][:2] == ["a digit zero", "a digit one"]
+
+
+def test_a_changed_prompt_table_is_refused_by_its_run(finished: Path, tmp_path: Path, prism: Command) -> None:
+    shutil.copytree(finished, tmp_path / "outputs")
+    path = only(tmp_path / "outputs", "prompts") / PROMPTS_FILE
+    path.write_bytes(path.read_bytes().replace(b"digit zero", b"digit nought"))
+    done = prism("run", *SMOKE)
+    assert done.code == 2
+    assert "sha256 of prompts" in done.err
+
+
+def test_guidance_stops_at_a_margin_measured_without_real_images(finished: Path) -> None:
+    facts = json.loads((only(finished, "calibrations") / MARKER).read_text())
+    assert set(facts["teachers"]) == {"vgg"}
+    entry = facts["teachers"]["vgg"]
+    assert entry["spread"] > 0
+    assert 0 <= entry["agreement"] <= 1
+
+
+def test_neither_micro_batches_nor_their_order_change_a_unit(finished: Path, tmp_path: Path) -> None:
+    """Units made in the other order, by another process's Synthesizer, have the published bytes."""
+    spec = spec_of_copy(finished, tmp_path / "copy", SMOKE)
+    made = Synthesizer(spec)
+    for unit in reversed(spec.units()):
+        table, _ = made.compute(unit)
+        published = pq.read_table(run_dir(finished) / "images" / f"{unit.name}.parquet")
+        assert table.column("image").to_pylist() == published.column("image").to_pylist()
+
+
+def test_of_candidates_those_of_least_energy_are_kept_and_classes_stay_even(models: Path, prism: Command) -> None:
+    plain = prism("run", *SMOKE, "stages=[prepare,teach,synthesize]", f"storage={models}", "run_id=plain")
+    more = prism(
+        "run",
+        *SMOKE,
+        "stages=[prepare,teach,synthesize]",
+        f"storage={models}",
+        "run_id=more",
+        "method.sampling.oversample=2.0",
+    )
+    assert plain.code == more.code == 0
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        files = sorted((models / "runs" / name / "images").glob("*.parquet"))
+        return [row for path in files for row in pq.read_table(path).to_pylist()]
+
+    for class_id in range(10):
+        before, after = ([r["energy"] for r in rows(name) if r["label"] == class_id] for name in ("plain", "more"))
+        assert len(before) == len(after) == 3
+        assert sum(after) <= sum(before) + 1e-6
+    receipts = [json.loads(p.read_text()) for p in (models / "runs/more/receipts/synthesize").glob("*.json")]
+    assert sum(receipt["details"]["candidates"] for receipt in receipts) == 60
+
+
+def test_candidates_have_seeds_of_their_own_and_their_groups_prompts(finished: Path, tmp_path: Path) -> None:
+    spec = spec_of_copy(finished, tmp_path / "copy", SMOKE)
+    unit = spec.units()[0]
+    prompts = [f"prompt {n}" for n in range(len(unit.images))]
+    for keep, oversample, expected in ((Keep.of_class, 1.5, 30), (Keep.of_prompt, 3.0, 60), (Keep.of_class, 1.0, 20)):
+        found = candidates_of(unit, prompts, oversample=oversample, keep=keep)
+        assert len(found) == expected
+        assert len({candidate.seed for candidate in found}) == expected
+        assert [candidate.seed for candidate in found[:20]] == [image.seed for image in unit.images]
+        if keep is Keep.of_prompt:
+            assert all(candidate.prompt == prompts[candidate.group] for candidate in found)
+
+
+def test_candidates_may_leave_half_way(models: Path, prism: Command) -> None:
+    done = prism(
+        "run",
+        *SMOKE,
+        "stages=[prepare,teach,synthesize]",
+        f"storage={models}",
+        "method.sampling.oversample=2.0",
+        "method.sampling.abort_at=0.5",
+    )
+    assert done.code == 0, done.err
+    assert len(rows_of(models)) == 30
+
+
+REFUSED = [
+    (["generator.source=null"], "generator.source=null: method 'eda' samples from a generator"),
+    (["generator.source=/nowhere", "prompts.world=photo"], "is no folder; expected a diffusers pipeline"),
+    (["method.guidance.start=0.7", "method.guidance.end=0.3"], "no step is left between them"),
+    (["method.sampling.cfg_start=1.0"], "method.sampling.cfg_start=1.0: not below"),
+    (["method.guidance.sizing=needed", "method.guidance.rule=noise"], "measured in the clean image"),
+    (["method.guidance.sizing=needed", "method.guidance.margin_quantile=null"], "moves until an energy is low enough"),
+    (["method.sampling.abort_at=0.5"], "nothing to choose from"),
+    (["method.sampling.oversample=1.5", "method.sampling.keep=of_prompt"], "expected a whole number"),
+    (["method.guidance.teachers=[nobody]"], "teacher 'nobody' is unknown"),
+    (["prompts.world=photo"], "prompts.world=photo, generator.source=train"),
+    (["generator.world.vae_channels=[8,8,8,8,8,8]"], "which dataset.image_size=16 is no multiple of"),
+    (["generator.world.text_width=10"], "no multiple of 4"),
+    (["generator.world.unet_channels=[10]"], "expected multiples of 8"),
+    (["method.sampling.sampler=magic"], "expected one of ddim"),
+    (["generator.attention=magic"], "expected one of auto"),
+    (["method.sampling.cfg_scale=0.5"], "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=[" ".join(o) for o, _ in REFUSED])
+def test_wrong_settings_are_refused_in_one_line(
+    overrides: list[str], said: str, prism: Command, tmp_path: Path
+) -> None:
+    done = prism("run", *SMOKE, *overrides)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "outputs/runs").exists()
+
+
+def test_checking_a_run_imports_neither_torch_nor_diffusers() -> None:
+    script = (
+        "import sys; from prism_ray.cli import main; code = main(sys.argv[1:]); "
+        "assert code == 2; print(sorted({'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules)))"
+    )
+    arguments = ["run", *SMOKE, "method.sampling.abort_at=0.5"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_card_says_that_images_were_sampled(finished: Path) -> None:
+    text = (run_dir(finished) / "README.md").read_text()
+    assert "sampled from a generator" in text
+    assert "real images of digits and can repeat" in text
+    assert "The images are real" not in text
+
+
+@pytest.mark.parametrize("preset", ["unguided", "eda_faithful", "mpgd", "freedom", "dm_kd"])
+def test_every_preset_makes_images(preset: str, models: Path, prism: Command) -> None:
+    done = prism(
+        "run",
+        *SMOKE,
+        f"method={preset}",
+        "method.sampling.steps=4",
+        "images_per_class=1",
+        "stages=[prepare,teach,synthesize]",
+        f"storage={models}",
+    )
+    assert done.code == 0, done.err
+    assert len(rows_of(models)) == 10
+
+
+def test_a_run_without_prompts_of_a_class_is_an_error_of_one_line(finished: Path, tmp_path: Path) -> None:
+    spec = spec_of_copy(finished, tmp_path / "copy", SMOKE)
+    path = only(tmp_path / "copy", "prompts") / PROMPTS_FILE
+    path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b'"class_id": 4' not in line))
+    with pytest.raises(PrismError, match="no prompt of class 4"):
+        Synthesizer(spec)
