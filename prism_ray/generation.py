@@ -1,6 +1,7 @@
 """What sampling from a generator is made of: where its artifacts belong, and what they are made from."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from prism_ray.config import Config, WorldConfig
@@ -94,4 +95,10 @@ def generator_digest(folder: Path, *, parts: Sequence[str] = ()) -> str:
     """Digest over a pipeline's files; of some of its parts only, if they are named."""
     roots = [folder / part for part in parts] or [folder]
     files = sorted(path for root in roots for path in root.rglob("*") if path.is_file() and path.name != MARKER)
-    return content_hash([[str(path.relative_to(folder)), sha256_of_file(path)] for path in files])
+    return content_hash([[str(path.relative_to(folder)), _sha256_of(path, path.stat().st_mtime_ns)] for path in files])
+
+
+@lru_cache(maxsize=1024)
+def _sha256_of(path: Path, changed_ns: int) -> str:
+    """sha256 of a file, read once for all runs of a command as long as nobody touches it."""
+    return sha256_of_file(path)

@@ -14,19 +14,18 @@ from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line, within
-from prism_ray.generation import calibration_item, generator_of, prompts_item
 from prism_ray.identity import run_id
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
 from prism_ray.methods.label_layout import LabelLayout
 from prism_ray.options import Engine, LabelKind
-from prism_ray.plan import Unit, guided, has_statistics, needs_generator, plan_units, reserved_images, used_teachers
+from prism_ray.plan import Unit, guided, has_statistics, plan_units, reserved_images, used_teachers
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights
-from prism_ray.work import MARKER, RELABEL, SYNTHESIZE
+from prism_ray.work import MARKER, RELABEL, SYNTHESIZE, artifact_facts
 
 
 def describe(config: Config) -> str:
@@ -106,7 +105,7 @@ def _teacher_flops(config: Config, dataset: PreparedDataset | None, num_classes:
     run = locate(Row(config.method.name, config))
     run.dataset = dataset
     for name in used_teachers(config):
-        facts = dataset and read_json(open_store(str(run.teacher_folder(name))), MARKER)
+        facts = dataset and artifact_facts(str(run.teacher_folder(name)))
         if facts:
             found[name] = float(facts["forward_flops"])
             continue
@@ -153,23 +152,7 @@ def open_existing(config: Config) -> Run:
     if run.dataset is None:
         raise InputError(f"{describe(config)}: its data set is not prepared; start the run first")
     run.teacher_dirs = {name: str(run.teacher_folder(name)) for name in used_teachers(config)}
-    if needs_generator(config):
-        _find_generator(run, run.dataset)
     return run
-
-
-def _find_generator(run: Run, dataset: PreparedDataset) -> None:
-    """What a run samples from, as far as it is there."""
-    folder, _ = generator_of(run.config, dataset, run.artifacts_dir)
-    if not Path(folder).is_dir():
-        return
-    run.generator_dir = folder
-    prompts = prompts_item(run.config, dataset, folder, run.artifacts_dir)
-    if not prompts.is_done or not all(map(Path.is_dir, map(Path, run.teacher_dirs.values()))):
-        return
-    run.prompts_dir = prompts.folder
-    calibration = calibration_item(run.spec(), run.artifacts_dir)
-    run.calibration_dir = calibration.folder if calibration and calibration.is_done else None
 
 
 def status_text(config: Config) -> str:

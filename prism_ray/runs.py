@@ -35,7 +35,6 @@ from prism_ray.storage import (
 from prism_ray.weights import find_weights
 from prism_ray.work import (
     DISTILL,
-    MARKER,
     PROMPTS_FILE,
     RELABEL,
     STARTS_FILE,
@@ -46,6 +45,7 @@ from prism_ray.work import (
     StartsItem,
     StatisticsItem,
     StudentItem,
+    artifact_facts,
     image_receipt,
     label_receipt,
     started_from,
@@ -57,8 +57,19 @@ from prism_ray.work import (
 PINS = "pins.json"
 TEACHER_PIN = "sha256 of teacher "
 LISTED = ("key", "unit_id", "rows", "bytes", "sha256")
-PACKAGES = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy", "pillow", "scikit-learn", "safetensors")
-SAMPLING_PACKAGES = ("diffusers", "transformers")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "diffusers",
+    "transformers",
+    "ray",
+    "pyarrow",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "safetensors",
+)
 
 
 @dataclass
@@ -259,8 +270,7 @@ class Run:
         if self.starts_dir is not None:
             self.pin("sha256 of starts", sha256_of_file(Path(self.starts_dir) / STARTS_FILE))
         if self.calibration_dir is not None:
-            facts = (read_json(open_store(self.calibration_dir), MARKER) or {})["teachers"]
-            self.pin("digest of calibration", content_hash(facts))
+            self.pin("digest of calibration", content_hash(artifact_facts(self.calibration_dir)["teachers"]))
         if self.config.method.init is Init.generated:
             receipts = started_from(self.spec()).receipts(SYNTHESIZE)
             content = content_hash({name: receipt.sha256 for name, receipt in receipts.items()})
@@ -366,7 +376,7 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide the output."""
     found = {}
-    for package in (*PACKAGES, *SAMPLING_PACKAGES):
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -28,12 +28,12 @@ from prism_ray.report.contents import (
 )
 from prism_ray.runs import PINS, TEACHER_PIN, Run, versions
 from prism_ray.storage import open_store, read_json, to_json
-from prism_ray.work import DISTILL, DIVERSITY, MARKER, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr
+from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, artifact_facts, chosen_lr
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
     """What was found out about a teacher when its artifact was made."""
-    return read_json(open_store(run.teacher_dirs[name]), MARKER) or {}
+    return artifact_facts(run.teacher_dirs[name])
 
 
 def check_teachers(run: Run) -> None:

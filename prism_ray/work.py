@@ -463,6 +463,11 @@ def _digests(folder: Path) -> list[str]:
     return [sha256_of_file(path) for path in (find_weights(folder), folder / "config.json")]
 
 
+def artifact_facts(folder: str) -> dict[str, Any]:
+    """What was found out when an artifact was made; nothing where it is not complete."""
+    return read_json(open_store(folder), MARKER) or {}
+
+
 def classifier_digest(folder: Path) -> str:
     """Digest of a classifier's weights and of its description."""
     return content_hash(_digests(folder))

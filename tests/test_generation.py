@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from prism_ray.runs import locate
 from prism_ray.stages.generator import make_generator
 from prism_ray.stages.guided import candidates_of
 from prism_ray.stages.synthesize import Synthesizer
-from prism_ray.work import MARKER, PROMPTS_FILE, GeneratorItem
+from prism_ray.work import MARKER, PROMPTS_FILE, GeneratorItem, RunSpec
 
 SMOKE = ["recipe=digits_dfkd_smoke", "compute=inline"]
+KINDS = ("generator", "prompts", "calibration")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,13 @@ def rows_of(storage: Path) -> list[dict[str, Any]]:
 def only(storage: Path, kind: str) -> Path:
     (folder,) = [path for path in (storage / "artifacts" / kind).iterdir() if not path.name.startswith(".")]
     return folder
+
+
+def sampling_spec(finished: Path, copy: Path) -> RunSpec:
+    """The finished run in a copy of its storage, as its workers see it."""
+    spec = spec_of_copy(finished, copy, SMOKE)
+    folders = {f"{kind}_dir": str(only(copy, f"{kind}s" if kind != "prompts" else kind)) for kind in KINDS}
+    return replace(spec, **folders)
 
 
 def test_every_image_tells_its_prompt_its_seed_and_its_energy(finished: Path) -> None:
@@ -178,7 +187,7 @@ def test_guidance_stops_at_a_margin_measured_without_real_images(finished: Path)
 
 def test_neither_micro_batches_nor_their_order_change_a_unit(finished: Path, tmp_path: Path) -> None:
     """Units made in the other order, by another process's Synthesizer, have the published bytes."""
-    spec = spec_of_copy(finished, tmp_path / "copy", SMOKE)
+    spec = sampling_spec(finished, tmp_path / "copy")
     made = Synthesizer(spec)
     for unit in reversed(spec.units()):
         table, _ = made.compute(unit)
@@ -211,7 +220,7 @@ def test_of_candidates_those_of_least_energy_are_kept_and_classes_stay_even(mode
 
 
 def test_candidates_have_seeds_of_their_own_and_their_groups_prompts(finished: Path, tmp_path: Path) -> None:
-    spec = spec_of_copy(finished, tmp_path / "copy", SMOKE)
+    spec = sampling_spec(finished, tmp_path / "copy")
     unit = spec.units()[0]
     prompts = [f"prompt {n}" for n in range(len(unit.images))]
     for keep, oversample, expected in ((Keep.of_class, 1.5, 30), (Keep.of_prompt, 3.0, 60), (Keep.of_class, 1.0, 20)):
@@ -300,7 +309,7 @@ def test_every_preset_makes_images(preset: str, models: Path, prism: Command) ->
 
 
 def test_a_run_without_prompts_of_a_class_is_an_error_of_one_line(finished: Path, tmp_path: Path) -> None:
-    spec = spec_of_copy(finished, tmp_path / "copy", SMOKE)
+    spec = sampling_spec(finished, tmp_path / "copy")
     path = only(tmp_path / "copy", "prompts") / PROMPTS_FILE
     path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b'"class_id": 4' not in line))
     with pytest.raises(PrismError, match="no prompt of class 4"):

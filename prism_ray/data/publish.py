@@ -3,11 +3,11 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from prism_ray.storage import abandoned, storage_errors, sync_path
+from prism_ray.storage import abandoned, storage_errors, sync_files, sync_path
 
 
 @contextmanager
@@ -37,17 +37,27 @@ def published_folder(folder: Path, *, marker: str) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def publish_files(folder: Path, files: Mapping[str, bytes], *, marker: str) -> None:
-    """Publish a folder of these files by name, the marker among them, and wait until it is on the disk.
+def publish_built(folder: Path, build: Callable[[Path], None], *, marker: str) -> None:
+    """Publish a folder that `build` fills, the marker among its files, and wait until it is on the disk.
 
     Raises:
         StorageError: the disk is full or refuses to be written.
     """
     with storage_errors(folder):
         with published_folder(folder, marker=marker) as building:
-            for name in sorted(files, key=lambda name: name == marker):
-                write_durably(building / name, files[name])
+            build(building)
+            sync_files(building)
         sync_path(folder.parent)
+
+
+def publish_files(folder: Path, files: Mapping[str, bytes], *, marker: str) -> None:
+    """Publish a folder of these files by name, the marker among them, see `publish_built`."""
+
+    def build(building: Path) -> None:
+        for name in sorted(files, key=lambda name: name == marker):
+            (building / name).write_bytes(files[name])
+
+    publish_built(folder, build, marker=marker)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -81,8 +81,7 @@ class Classifier(nn.Module):
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images of shape {tuple(images.shape)}; expected (B, 1, H, W) or (B, 3, H, W)")
         if images.shape[1] == 3 and self.in_chans == 1:
-            weights = images.new_tensor(LUMA).reshape(1, 3, 1, 1)
-            images = (images * weights).sum(dim=1, keepdim=True)
+            images = to_gray(images)
         size = (self.input_size, self.input_size)
         if images.shape[2:] != size:
             images = functional.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=True)
@@ -99,6 +98,12 @@ class Classifier(nn.Module):
         """Pooled features (B, D) that the last linear layer sees."""
         network = cast(Any, self.network)  # timm promises these two methods of every model, nn.Module does not
         return network.forward_head(network.forward_features(self.prepare(images)), pre_logits=True).flatten(1)
+
+
+def to_gray(images: Tensor) -> Tensor:
+    """ITU-R 601 luma (B, 1, H, W) of RGB images (B, 3, H, W)."""
+    weights = images.new_tensor(LUMA).reshape(1, 3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True)
 
 
 def _check_preprocessing(classifier: Classifier, *, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -5,6 +5,7 @@ how their network takes it; the rest is shared. Shapes: B samples, latents (B, c
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Placement:
     compiled: bool = False
 
 
-class Generator:
+class Generator(ABC):
     """A diffusers pipeline as generator.
 
     Attributes:
@@ -77,7 +78,6 @@ class Generator:
             )
         side = self.image_size // factor
         self.latent_shape = (pipe.vae.config.latent_channels, side, side)
-        self.channels: int = pipe.vae.config.out_channels
         self._encoded: dict[str, tuple[Condition, Condition]] = {}
         for part in (*_modules(pipe), *([tiny_decoder] if tiny_decoder is not None else [])):
             part.to(placement.device).eval().requires_grad_(False)
@@ -151,11 +151,13 @@ class Generator:
         vae = self._pipe.vae
         return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
 
+    @abstractmethod
     def _encode(self, prompt: str) -> tuple[Condition, Condition]:
-        raise NotImplementedError
+        """The condition of a prompt, and what stands for none."""
 
+    @abstractmethod
     def _predict(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        raise NotImplementedError
+        """The network's output for a batch, of the shape of x."""
 
 
 class StableDiffusion(Generator):

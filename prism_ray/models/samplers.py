@@ -24,7 +24,7 @@ from prism_ray.errors import InputError
 from prism_ray.methods.diffusion.clean_images import Level
 from prism_ray.methods.diffusion.guidance import Guidance
 
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
     "ddpm": (DDPMScheduler, {}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
@@ -139,7 +139,7 @@ class Sampler:
             changes = {**changes, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
             changes["flow_shift"] = config.get("shift", 1.0)
         self._name, self._device = name, device
-        self.scheduler: Any = kind.from_config(dict(config), **changes)  # type: ignore[attr-defined]
+        self.scheduler: Any = kind.from_config(dict(config), **changes)
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
         self.scheduler.set_timesteps(num_steps, device=device, **({"mu": mu} if mu and "mu" in accepted else {}))
         if hasattr(self.scheduler, "set_begin_index"):

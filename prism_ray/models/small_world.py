@@ -6,7 +6,6 @@ prediction. Shapes: images (B, C, H, W) in [-1, 1] inside the autoencoder, laten
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,32 +18,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from prism_ray.config import WorldConfig
+
 LATENT_CHANNELS = 4
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-
-
-@dataclass(frozen=True)
-class WorldSize:
-    """Sizes of the parts.
-
-    Attributes:
-        image_size: side of the images, pixels; a multiple of the factor to the latents.
-        channels: 1 gray, 3 RGB.
-        vae_channels: per level of the autoencoder; every level but the last halves the side.
-        tiny_channels: of the tiny decoder.
-        unet_channels: per level of the U-Net.
-        text_width, text_layers: of the text encoder.
-        text_length: tokens of a prompt, both ends included.
-    """
-
-    image_size: int
-    channels: int
-    vae_channels: Sequence[int]
-    tiny_channels: int
-    unet_channels: Sequence[int]
-    text_width: int
-    text_layers: int = 2
-    text_length: int = 24
 
 
 def build_tokenizer(texts: Iterable[str], *, max_length: int) -> CLIPTokenizer:
@@ -88,46 +65,53 @@ def _joined(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return result
 
 
-def build_world(size: WorldSize, tokenizer: Any, *, seed: int) -> tuple[Any, Any]:
-    """An untrained `StableDiffusionPipeline` and its tiny decoder; the weights depend on `seed` alone."""
-    levels, depth = len(size.vae_channels), len(size.unet_channels)
-    both = {"in_channels": size.channels, "out_channels": size.channels, "latent_channels": LATENT_CHANNELS}
+def build_world(world: WorldConfig, tokenizer: Any, *, image_size: int, channels: int, seed: int) -> tuple[Any, Any]:
+    """An untrained `StableDiffusionPipeline` and its tiny decoder; the weights depend on `seed` alone.
+
+    Args:
+        world: sizes of the parts.
+        tokenizer: of `build_tokenizer`.
+        image_size: side of the images, pixels; a multiple of the factor to the latents.
+        channels: of the images, 1 gray, 3 RGB.
+    """
+    levels, depth = len(world.vae_channels), len(world.unet_channels)
+    both = {"in_channels": channels, "out_channels": channels, "latent_channels": LATENT_CHANNELS}
     vae: dict[str, Any] = {
         **both,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": tuple(size.vae_channels),
+        "block_out_channels": tuple(world.vae_channels),
         "norm_num_groups": 8,
-        "sample_size": size.image_size,
+        "sample_size": image_size,
         "mid_block_add_attention": False,
     }
     tiny: dict[str, Any] = {
         **both,
-        "encoder_block_out_channels": (size.tiny_channels,) * levels,
-        "decoder_block_out_channels": (size.tiny_channels,) * levels,
+        "encoder_block_out_channels": (world.tiny_channels,) * levels,
+        "decoder_block_out_channels": (world.tiny_channels,) * levels,
         "num_encoder_blocks": (1,) * levels,
         "num_decoder_blocks": (1,) * levels,
     }
     unet: dict[str, Any] = {
-        "sample_size": size.image_size // 2 ** (levels - 1),
+        "sample_size": image_size // 2 ** (levels - 1),
         "in_channels": LATENT_CHANNELS,
         "out_channels": LATENT_CHANNELS,
-        "block_out_channels": tuple(size.unet_channels),
+        "block_out_channels": tuple(world.unet_channels),
         "down_block_types": ("CrossAttnDownBlock2D",) * depth,
         "up_block_types": ("CrossAttnUpBlock2D",) * depth,
         "layers_per_block": 1,
         "norm_num_groups": 8,
-        "cross_attention_dim": size.text_width,
+        "cross_attention_dim": world.text_width,
         "attention_head_dim": 4,
     }
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
-        "hidden_size": size.text_width,
-        "intermediate_size": 2 * size.text_width,
-        "projection_dim": size.text_width,
-        "num_hidden_layers": size.text_layers,
+        "hidden_size": world.text_width,
+        "intermediate_size": 2 * world.text_width,
+        "projection_dim": world.text_width,
+        "num_hidden_layers": world.text_layers,
         "num_attention_heads": 4,
-        "max_position_embeddings": size.text_length,
+        "max_position_embeddings": world.text_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from prism_ray.prompts.content import draw_axes
 from prism_ray.prompts.names import short_name
-from prism_ray.prompts.selection import most_different, near_duplicates
+from prism_ray.prompts.selection import most_different, near_duplicates, plainly
 
 Messages = list[dict[str, str]]
 """A conversation as chat servers take it: {"role": …, "content": …}."""
@@ -101,8 +101,8 @@ def write_scenes(
             break
         answer = ask(question(phrase, gloss, num=missing, written=scenes, refusals=refusals))
         found, refusals = validate(answer, phrase, others=others)
-        known = {_key(scene) for scene in scenes}
-        new = [scene for scene in found if _key(scene) not in known]
+        known = {plainly(scene) for scene in scenes}
+        new = [scene for scene in found if plainly(scene) not in known]
         scenes += new[:missing]
         if len(new) < len(found):
             refusals.append("was written before")
@@ -140,9 +140,9 @@ def validate(answer: str, phrase: str, *, others: re.Pattern[str]) -> tuple[list
     refusals = []
     for entry in entries:
         scene = _normalized(entry)
-        reason = _refusal(scene, phrase, others) or ("was written before" if _key(scene) in scenes else None)
+        reason = _refusal(scene, phrase, others) or ("was written before" if plainly(scene) in scenes else None)
         if reason is None:
-            scenes[_key(scene)] = scene
+            scenes[plainly(scene)] = scene
         else:
             refusals.append(reason)
     return list(scenes.values()), refusals
@@ -161,10 +161,6 @@ def names_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
 def _normalized(entry: object) -> str:
     """A scene in composed letters without a full stop; nothing if it is no string."""
     return unicodedata.normalize("NFC", entry).strip(" ").removesuffix(".") if isinstance(entry, str) else ""
-
-
-def _key(scene: str) -> str:
-    return " ".join(scene.casefold().split())
 
 
 def _refusal(scene: str, phrase: str, others: re.Pattern[str]) -> str | None:

@@ -16,8 +16,8 @@ from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
 from prism_ray.stages.guided import Candidate, GuidedSampler, Margins, begun
 from prism_ray.stages.sampling_parts import generator_for, prompts_by_class
-from prism_ray.storage import open_store, read_json, to_json
-from prism_ray.work import MARKER, CalibrationItem, RunSpec
+from prism_ray.storage import to_json
+from prism_ray.work import MARKER, CalibrationItem, RunSpec, artifact_facts
 
 
 def make_calibration(item: CalibrationItem) -> None:
@@ -46,10 +46,10 @@ def make_calibration(item: CalibrationItem) -> None:
             prompt = own[n // len(settings.class_ids) % len(own)]
             candidates.append(Candidate(class_id, prompt, seed_for(settings.seed, "calibration", n), 0))
         running = sampler.advance(begun(candidates), guidance=Guidance())
-        images = sampler.images(running.latents)
+        pixels = sampler.pixels(running.latents)
         facts = {}
         for name, teacher in teachers.items():
-            logits = sampler.logits(teacher, images)
+            logits = sampler.logits(teacher, pixels)
             class_ids = running.class_ids
             energies = teacher_energy(
                 logits, class_ids, temperature=settings.temperature, class_weight=settings.class_weight
@@ -69,7 +69,7 @@ def margins_of(spec: RunSpec) -> Margins:
     """What guided samples of a run are measured by; nothing where no calibration is needed."""
     if spec.calibration_dir is None:
         return {}
-    facts = (read_json(open_store(spec.calibration_dir), MARKER) or {})["teachers"]
+    facts = artifact_facts(spec.calibration_dir)["teachers"]
     has_margin = spec.config.method.guidance.margin_quantile is not None
     several = len(facts) > 1
     return {

@@ -22,16 +22,16 @@ from torch.nn import functional
 
 from prism_ray.config import WorldConfig
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import published_folder
+from prism_ray.data.publish import publish_built
 from prism_ray.generator_files import TINY_DECODER
 from prism_ray.methods.attributes import AXES, Values, apply_attributes
 from prism_ray.methods.distillation import batch_of_step
-from prism_ray.models.small_world import WorldSize, build_tokenizer, build_world
+from prism_ray.models.small_world import build_tokenizer, build_world
 from prism_ray.prompts.captions import PHRASES, caption
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device
-from prism_ray.stages.training import Checkpoints, Course, Forward, fit, one_cycle_lr
-from prism_ray.storage import storage_errors, sync_files, sync_path, to_json
+from prism_ray.stages.training import Checkpoints, Course, fit, one_cycle_lr
+from prism_ray.storage import to_json
 from prism_ray.work import MARKER, GeneratorItem
 
 ENCODE_BATCH = 256
@@ -47,8 +47,10 @@ def make_generator(item: GeneratorItem) -> None:
     device, started = pick_device(item.gpus), time.perf_counter()
     with deterministic(world.threads):
         pipe, tiny = build_world(
-            _size(world, dataset),
+            world,
             build_tokenizer(_all_captions(item.phrases), max_length=world.text_length),
+            image_size=dataset.image_size,
+            channels=dataset.channels,
             seed=seed_for(world.seed, "world"),
         )
         course = _Courses(item, dataset, device)
@@ -59,7 +61,13 @@ def make_generator(item: GeneratorItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    _publish(item, pipe, tiny, facts)
+
+    def build(folder: Path) -> None:
+        pipe.save_pretrained(folder, safe_serialization=True)
+        tiny.save_pretrained(folder / TINY_DECODER, safe_serialization=True)
+        (folder / MARKER).write_bytes(to_json(facts))
+
+    publish_built(Path(item.folder), build, marker=MARKER)
     for name in PARTS:
         course.checkpoint(name).unlink(missing_ok=True)
 
@@ -68,28 +76,15 @@ PARTS = ("vae", "decoder", "unet")
 
 
 @dataclass(frozen=True)
-class _Images:
-    """Images of a step with their attributes, (B, C, H, W) in [-1, 1]."""
+class _Batch:
+    """What the network of a training is shown in a step: its first input is (B, …)."""
 
-    images: Tensor
+    inputs: tuple[Tensor, ...]
     order_hash: int = 0
 
     @property
     def num_images(self) -> int:
-        return len(self.images)
-
-
-@dataclass(frozen=True)
-class _Latents:
-    """Latents of a step and the tokens of their captions, (B, 4, h, w) and (B, L)."""
-
-    latents: Tensor
-    tokens: Tensor
-    order_hash: int = 0
-
-    @property
-    def num_images(self) -> int:
-        return len(self.latents)
+        return len(self.inputs[0])
 
 
 class _Courses:
@@ -122,14 +117,17 @@ class _Courses:
         self,
         name: str,
         network: nn.Module,
-        prepare: Callable[[int], Any],
-        loss_of: Callable[[Forward, Any], Tensor],
+        inputs_of: Callable[[int], tuple[Tensor, ...]],
         *,
         steps: int,
         lr: float,
         ema_decay: float = 0.0,
     ) -> tuple[nn.Module, float]:
-        """One training: the network to keep and its mean loss in the last epoch."""
+        """One training of a network that returns its loss: the network to keep and its mean loss in the last epoch.
+
+        Args:
+            inputs_of: step → what the network is called with.
+        """
         course = Course(
             name=f"generator's {name} (lr {lr:g})",
             num_steps=steps,
@@ -144,7 +142,13 @@ class _Courses:
         checkpoints = Checkpoints(
             path=self.checkpoint(name), every=self.world.checkpoint_every, identity=identity, keep_last=True
         )
-        kept, record = fit(network, course, prepare=prepare, loss_of=loss_of, checkpoints=checkpoints)
+        kept, record = fit(
+            network,
+            course,
+            prepare=lambda step: _Batch(inputs_of(step)),
+            loss_of=lambda forward, batch: forward(*batch.inputs),
+            checkpoints=checkpoints,
+        )
         return kept, record.history[-1]["loss"]
 
     def checkpoint(self, name: str) -> Path:
@@ -209,14 +213,10 @@ def _train_world(pipe: Any, tiny: Any, course: _Courses) -> dict[str, Any]:
     for part in (vae, tiny, pipe.unet, pipe.text_encoder):
         part.to(course.device)
 
-    def images_of(name: str) -> Callable[[int], _Images]:
-        return lambda step: _Images(course.images(course.rows(name, step)))
-
     _, vae_loss = course.run(
         "vae",
         _Autoencoding(vae, world.kl_weight),
-        images_of("vae"),
-        lambda forward, batch: forward(batch.images),
+        lambda step: (course.images(course.rows("vae", step)),),
         steps=world.vae_steps,
         lr=world.vae_lr,
     )
@@ -226,38 +226,27 @@ def _train_world(pipe: Any, tiny: Any, course: _Courses) -> dict[str, Any]:
     vae.register_to_config(scaling_factor=scale)
     latents *= scale
 
-    def decoder_loss(forward: Forward, batch: _Images) -> Tensor:
-        with torch.no_grad():
-            own = vae.encode(batch.images).latent_dist.mean
-            decoded = vae.decode(own).sample
-        return forward(own * scale, batch.images, decoded)
+    @torch.no_grad()
+    def decoder_inputs(step: int) -> tuple[Tensor, ...]:
+        images = course.images(course.rows("decoder", step))
+        own = vae.encode(images).latent_dist.mean
+        return own * scale, images, vae.decode(own).sample
 
-    _, decoder_loss_value = course.run(
-        "decoder",
-        _Decoding(tiny.decoder),
-        images_of("decoder"),
-        decoder_loss,
-        steps=world.decoder_steps,
-        lr=world.vae_lr,
+    _, decoder_loss = course.run(
+        "decoder", _Decoding(tiny.decoder), decoder_inputs, steps=world.decoder_steps, lr=world.vae_lr
     )
     tokens = _tokens(pipe, course.captions())
 
-    def latents_of(step: int) -> _Latents:
+    def unet_inputs(step: int) -> tuple[Tensor, ...]:
         rows = torch.from_numpy(course.rows("unet", step))
-        return _Latents(latents[rows].to(course.device), tokens[rows].to(course.device))
+        return latents[rows].to(course.device), tokens[rows].to(course.device)
 
     denoising = _Denoising(pipe, _tokens(pipe, [""]).to(course.device), world.caption_drop)
     kept, unet_loss = course.run(
-        "unet",
-        denoising,
-        latents_of,
-        lambda forward, batch: forward(batch.latents, batch.tokens),
-        steps=world.unet_steps,
-        lr=world.lr,
-        ema_decay=world.ema_decay,
+        "unet", denoising, unet_inputs, steps=world.unet_steps, lr=world.lr, ema_decay=world.ema_decay
     )
     denoising.load_state_dict(kept.state_dict())
-    return {"vae_loss": vae_loss, "decoder_loss": decoder_loss_value, "unet_loss": unet_loss, "latent_scale": scale}
+    return {"vae_loss": vae_loss, "decoder_loss": decoder_loss, "unet_loss": unet_loss, "latent_scale": scale}
 
 
 @torch.no_grad()
@@ -293,27 +282,3 @@ def _drawn_values(world: WorldConfig, row: int) -> Values:
 def _all_captions(phrases: Sequence[str]) -> list[str]:
     """Texts that hold every word of the world."""
     return [caption(phrase, {axis: value}) for phrase in phrases for axis in PHRASES for value in PHRASES[axis]]
-
-
-def _size(world: WorldConfig, dataset: PreparedDataset) -> WorldSize:
-    return WorldSize(
-        image_size=dataset.image_size,
-        channels=dataset.channels,
-        vae_channels=world.vae_channels,
-        tiny_channels=world.tiny_channels,
-        unet_channels=world.unet_channels,
-        text_width=world.text_width,
-        text_layers=world.text_layers,
-        text_length=world.text_length,
-    )
-
-
-def _publish(item: GeneratorItem, pipe: Any, tiny: Any, facts: dict[str, Any]) -> None:
-    folder = Path(item.folder)
-    with storage_errors(folder):
-        with published_folder(folder, marker=MARKER) as built:
-            pipe.save_pretrained(built, safe_serialization=True)
-            tiny.save_pretrained(built / TINY_DECODER, safe_serialization=True)
-            (built / MARKER).write_bytes(to_json(facts))
-            sync_files(built)
-        sync_path(folder.parent)

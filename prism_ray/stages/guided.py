@@ -19,7 +19,7 @@ from prism_ray.methods.diffusion.guidance import Guidance
 from prism_ray.methods.diffusion.sampling import Cfg, sample
 from prism_ray.methods.inversion.engine import to_uint8
 from prism_ray.methods.resizing import resized
-from prism_ray.models.classifier import LUMA, Classifier
+from prism_ray.models.classifier import Classifier, to_gray
 from prism_ray.models.generators import Generator
 from prism_ray.models.samplers import ONE_STEP, Sampler, check_sampler
 from prism_ray.options import Decoder, Keep
@@ -100,12 +100,12 @@ class GuidedSampler:
         running = begun(candidates)
         if sampling.abort_at is not None and len(candidates) > len(unit.images):
             running = self.advance(running, until=max(1, round(sampling.abort_at * sampling.steps)))
-            running = running.only(_kept(self.energies(self.images(running.clean), running), running, places))
+            running = running.only(_kept(self.energies(self.pixels(running.clean), running), running, places))
         running = self.advance(running)
-        images = self.images(running.latents)
-        energies = self.energies(images, running)
+        pixels = self.pixels(running.latents)
+        energies = self.energies(pixels, running)
         kept = _kept(energies, running, places)
-        return Chosen(running.only(kept), to_uint8(images[kept]).numpy(), energies[kept].tolist(), len(candidates))
+        return Chosen(running.only(kept), pixels[kept].numpy(), energies[kept].tolist(), len(candidates))
 
     def advance(self, running: "Running", *, until: int | None = None, guidance: Guidance | None = None) -> "Running":
         """Samples some steps further, None: to the end."""
@@ -167,19 +167,17 @@ class GuidedSampler:
         )
 
     @torch.no_grad()
-    def images(self, latents: Tensor) -> Tensor:
-        """Images as they are stored, by the full decoder: (N, C, H, W) in [0, 1], on the CPU."""
-        parts = self._in_micro_batches(latents, lambda part: self._as_stored(self._generator.decode(part)))
-        # What is stored is rounded; energies are of that.
-        return to_uint8(parts).float() / 255
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Images as they are stored, by the full decoder: uint8 (N, C, H, W), on the CPU."""
+        return to_uint8(self._in_micro_batches(latents, lambda part: self._as_stored(self._generator.decode(part))))
 
     @torch.no_grad()
-    def energies(self, images: Tensor, running: "Running") -> Tensor:
-        """Mean energy over the steering teachers, without margins: (N,)."""
+    def energies(self, pixels: Tensor, running: "Running") -> Tensor:
+        """Mean energy of stored pixels over the steering teachers, without margins: (N,)."""
         guidance = self._method.guidance
         found = []
         for guide in self._guides:
-            logits = self.logits(guide.teacher, images)
+            logits = self.logits(guide.teacher, pixels)
             energies = teacher_energy(
                 logits, running.class_ids, temperature=guidance.temperature, class_weight=guidance.class_weight
             )
@@ -187,9 +185,9 @@ class GuidedSampler:
         return torch.stack(found).mean(dim=0)
 
     @torch.no_grad()
-    def logits(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """A teacher's logits (N, K), on the CPU."""
-        return self._in_micro_batches(images, lambda part: teacher(part).float())
+    def logits(self, teacher: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """A teacher's logits (N, K) on stored pixels, on the CPU."""
+        return self._in_micro_batches(pixels, lambda part: teacher(part.float() / 255).float())
 
     def _in_micro_batches(self, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of every sample, computed in batches of one size."""
@@ -202,7 +200,7 @@ class GuidedSampler:
     def _as_stored(self, images: Tensor) -> Tensor:
         """In the channels and the size of stored images."""
         if images.shape[1] == 3 and self._channels == 1:
-            images = (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+            images = to_gray(images)
         return resized(images.expand(-1, self._channels, -1, -1), self._image_size)
 
 

@@ -28,7 +28,7 @@ def _load(folder: str, placement: Placement, image_size: int | None, tiny_decode
 
 
 def prompts_by_class(spec: RunSpec) -> dict[int, list[str]]:
-    """The prompts of each class in the order of use; for a generator that takes class ids, those."""
+    """The prompts of each class in the order of use."""
     assert spec.prompts_dir is not None, "prompts come first"
     found: dict[int, list[str]] = {}
     for row in from_jsonl((Path(spec.prompts_dir) / PROMPTS_FILE).read_bytes()):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prism_ray.data.imagenet_names import class_names_like
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import published_folder
+from prism_ray.data.publish import publish_built
 from prism_ray.errors import InputError, within
 from prism_ray.methods.distillation import batch_of_step, hard_loss
 from prism_ray.methods.inversion.matching import Network, observed_distances
@@ -39,7 +39,6 @@ from prism_ray.stages.training import (
     num_parameters,
     one_cycle_lr,
 )
-from prism_ray.storage import storage_errors, sync_files, sync_path
 from prism_ray.weights import LITE
 from prism_ray.work import MARKER, TeacherItem
 
@@ -77,13 +76,12 @@ def make_teacher(item: TeacherItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    folder = Path(item.folder)
-    with storage_errors(folder):
-        with published_folder(folder, marker=MARKER) as built:
-            save_classifier(classifier, built, class_names=dataset.class_names, extra=facts)
-            sync_files(built)
-        sync_path(folder.parent)
-        checkpoint_of(item).unlink(missing_ok=True)
+    publish_built(
+        Path(item.folder),
+        lambda built: save_classifier(classifier, built, class_names=dataset.class_names, extra=facts),
+        marker=MARKER,
+    )
+    checkpoint_of(item).unlink(missing_ok=True)
 
 
 @torch.no_grad()

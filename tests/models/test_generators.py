@@ -21,7 +21,7 @@ from prism_ray.methods.diffusion.clean_images import FORMS
 from prism_ray.methods.diffusion.energies import Guide, guidance_loss
 from prism_ray.methods.diffusion.guidance import Guidance
 from prism_ray.methods.diffusion.sampling import Cfg, Record, sample
-from prism_ray.models.generators import Generator, Placement, load_generator
+from prism_ray.models.generators import Generator, Placement, StableDiffusion, load_generator
 from prism_ray.models.samplers import SAMPLERS, Sampler, check_sampler, sampler_of
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def stock(folder: Path, generator: Generator, name: str, *, cfg: float) -> tuple
     if generator.scheduler_config["_class_name"] == "FlowMatchEulerDiscreteScheduler" and name != "flow_euler":
         shift = generator.scheduler_config["shift"]
         changes = {**changes, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)  # type: ignore[attr-defined]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
     pipe.set_progress_bar_config(disable=True)
     random = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     common: dict[str, Any] = {"guidance_scale": cfg, "num_inference_steps": STEPS, "generator": random}
@@ -321,9 +321,9 @@ def test_nothing_that_guides_is_changed_by_guiding(
 
 def test_a_prompt_is_encoded_once_and_as_the_pipeline_encodes_it(generators: dict[tuple[str, str], Generator]) -> None:
     generator, calls = generators["sd", "epsilon"], []
-    own = type(generator)._encode
+    own = StableDiffusion._encode
 
-    class Counted(type(generator)):
+    class Counted(StableDiffusion):
         def _encode(self, prompt: str) -> Any:
             calls.append(prompt)
             return own(self, prompt)
@@ -468,8 +468,8 @@ def test_a_build_of_xformers_without_kernels_is_found_out(
     def no_kernel(*args: Any) -> Tensor:
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
 
-    fake = types.ModuleType("xformers.ops")
-    fake.memory_efficient_attention = no_kernel  # type: ignore[attr-defined]
+    fake: Any = types.ModuleType("xformers.ops")
+    fake.memory_efficient_attention = no_kernel
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", fake)
     with pytest.raises(InputError, match=r"installed but doesn't work on cpu \(No operator found"):
