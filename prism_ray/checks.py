@@ -7,10 +7,14 @@ from pathlib import Path
 from prism_ray.config import ComputeConfig, Config, TeacherConfig
 from prism_ray.data.prepared import check_dataset
 from prism_ray.data.records import class_ids_of
-from prism_ray.generator_files import check_generator
+from prism_ray.data.shifted import check_shifted
+from prism_ray.generation import TRAIN, class_ids_of_generator
+from prism_ray.generator_files import check_generator, takes_class_ids
 from prism_ray.options import Executor
 from prism_ray.plan import check_size, needs_generator, used_teachers
 from prism_ray.runtime.session import check_fits, local_resources, preflight
+from prism_ray.staging import check_elsewhere, found_here
+from prism_ray.storage import open_store
 from prism_ray.weights import check_architecture, check_weights_file, find_lite, find_weights, is_folder
 
 
@@ -25,14 +29,30 @@ def check_before_start(configs: Sequence[Config]) -> None:
         for name in used_teachers(config):
             check_teacher(name, config.teachers.models[name])
         check_architecture(config.student.arch, key="student.arch")
-        if needs_generator(config) and config.generator.source not in (None, "train"):
-            check_generator(Path(str(config.generator.source)))
     for dataset in {str(config.dataset): config.dataset for config in configs}.values():
         class_names = check_dataset(dataset)
         for config in (config for config in configs if config.dataset == dataset):
             chosen = class_ids_of(config.classes, class_names)
+            check_source(config, class_names)
+            for name, where in config.evaluate.shifted_sets.items():
+                check_shifted(dataset, class_names, name, where)
             if config.images_per_class is not None:
                 check_size(config, [config.images_per_class] * len(chosen))
+
+
+def check_source(config: Config, class_names: Sequence[str]) -> None:
+    """Look at a generator from elsewhere: its files, or its address if they are not here yet."""
+    source = config.generator.source
+    if not needs_generator(config) or source in (None, TRAIN):
+        return
+    artifacts_dir = open_store(config.storage).path("artifacts")
+    check_elsewhere(source, artifacts_dir)
+    folder = found_here(source, artifacts_dir)
+    if folder is None:
+        return
+    check_generator(folder)
+    if takes_class_ids(folder):
+        class_ids_of_generator(folder, class_names)
 
 
 def check_compute(compute: ComputeConfig) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prism_ray.options import (
+    BackEnd,
     BatchPlan,
     Cadence,
     ClassOrder,
@@ -47,6 +48,12 @@ SAMPLERS = ("ddim", "ddpm", "dpm++", "sde-dpm++", "unipc", "euler", "euler_ances
 """Names in `models.samplers`."""
 ATTENTION = ("auto", "native", "xformers")
 """Names in `models.attention`."""
+CORRUPTIONS = ("sheared", "occluded", "speckled", "pixelated", "faded", "striped")
+ATTRIBUTES = (
+    *("rotation:left", "rotation:right", "scale:small", "scale:large", "thickness:thin", "thickness:bold"),
+    *("background:gray", "background:noisy", "blur:blurred", "inversion:inverted"),
+)
+"""Names in `methods.attributes`, and what a world's prompts can ask for."""
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -66,6 +73,10 @@ attention_name: Check = (lambda v: v in ATTENTION, f"one of {', '.join(ATTENTION
 two_betas: Check = (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1")
 not_empty: Check = (lambda v: len(v) > 0, "at least one entry")
 distinct: Check = (lambda v: len(set(v)) == len(v) > 0, "at least one entry, none of them twice")
+shift_names: Check = (
+    lambda v: set(v) <= {*CORRUPTIONS, *ATTRIBUTES},
+    f"names among {', '.join((*CORRUPTIONS, *ATTRIBUTES))}",
+)
 label_bits: Check = (lambda v: v == 16 or 1 <= v <= 8, "16 (half precision) or 1 to 8")
 positive_entries: Check = (lambda v: all(math.isfinite(x) and x > 0 for x in v), "finite numbers above 0")
 plain_name: Check = (
@@ -175,7 +186,7 @@ class WorldConfig:
 class GeneratorConfig:
     source: str | None = setting(
         None,
-        doc="'train' (here, on the data set), a diffusers pipeline folder, or 'hub:NAME'; null: this run has none",
+        doc="'train' (here, on the data set), a diffusers pipeline folder or its URL, or 'hub:OWNER/NAME'; null: none",
         check=not_empty,
     )
     tiny_decoder: str | None = setting(
@@ -204,6 +215,20 @@ class PromptsConfig:
     styles: list[str] = setting([], doc="styles of the others; empty: those of prism_ray.prompts.content")
     phrases: dict[str, str] = setting({}, doc="class name → what it is called, where that is not found by itself")
     max_tokens: int = setting(60, doc="of a prompt, as the generator's tokenizer counts", check=at_least_one)
+    back_end: BackEnd = setting(BackEnd.template, doc="who writes scenes; whatever is refused comes from templates")
+    model: str | None = setting(
+        None, doc="the writing language model: its folder for transformers, its name at the server for http"
+    )
+    url: str | None = setting(None, doc="of that server, such as http://127.0.0.1:8000/v1", output=False)
+    api_key_variable: str = setting(
+        "OPENAI_API_KEY", doc="environment variable with the server's key", check=not_empty, output=False
+    )
+    timeout_s: float = setting(60.0, doc="of one request, seconds", check=positive, output=False)
+    judged_images: int = setting(
+        0,
+        doc="samples by which teachers choose among the phrases that an ambiguous class may be called; 0: the first",
+        check=not_negative,
+    )
 
 
 @dataclass(kw_only=True)
@@ -216,6 +241,12 @@ class SamplingConfig:
     cfg_scale: float = setting(2.0, doc="classifier-free guidance, 1: none", check=from_one)
     cfg_start: float = setting(0.0, doc="step at which it begins, share of all", check=fraction)
     cfg_end: float = setting(1.0, doc="step before which it ends, share of all", check=fraction)
+    widen: float | None = setting(
+        None,
+        doc="share of prompts beyond the plain ones for a class whose pilot samples are all alike; null: as the table "
+        "has them, for every class",
+        check=fraction,
+    )
     micro_batch: int = setting(50, doc="samples of a forward pass, padded to this number", check=at_least_one)
     oversample: float = setting(1.0, doc="candidates for each image; the least energies are kept", check=from_one)
     keep: Keep = setting(Keep.of_class, doc="among which candidates")
@@ -231,6 +262,11 @@ class GuidanceConfig:
     """How a teacher's energy steers a sampler, for engine diffusion."""
 
     scale: float = setting(0.0, doc="0: none; a share of the reference unless sizing is raw", check=finite)
+    adapt: float = setting(
+        0.0,
+        doc="how much more a class is guided of which a pilot round's samples are missed; 0: all classes alike",
+        check=not_negative,
+    )
     rule: Rule = setting(Rule.clean, doc="what is differentiated and moved")
     form: Form = setting(Form.keep_noise, doc="how the clean image's displacement is handed on, for rule clean")
     sizing: Sizing = setting(Sizing.normalized, doc="how far it moves")
@@ -265,6 +301,11 @@ class MethodConfig:
     mosaic_tiles: int = setting(2, doc="tiles along a side of a mosaic", check=at_least_one)
     candidates: int = setting(
         300, doc="real images of each class looked at, for mosaics and selection regression", check=at_least_one
+    )
+    attribute_share: float = setting(
+        0.0,
+        doc="engine real: share of images shown with attributes, as a generator trained here sees them",
+        check=fraction,
     )
     mosaic_crops: int = setting(5, doc="crops tried of each of them, the surest is kept", check=at_least_one)
 
@@ -428,6 +469,20 @@ class EvaluateConfig:
     )
     judges: list[str] = setting([], doc="teachers asked about every image, for its share that they name correctly")
     split: EvaluationSplit = setting(EvaluationSplit.test, doc="what students are measured on")
+    set_images: int = setting(
+        100,
+        doc="images of each class, at most, in precision, recall and energies, beside as many real ones of that split",
+        check=at_least_one,
+    )
+    shifts: list[str] = setting(
+        [],
+        doc="corruptions and attributes under which students are also shown held-out images",
+        check=shift_names,
+    )
+    shift_images: int = setting(200, doc="held-out images of each class shown so, at most", check=at_least_one)
+    shifted_sets: dict[str, str] = setting(
+        {}, doc="name → other test sets that students are measured on: a folder of class folders, or 'mnist'"
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,15 +1,21 @@
 """What sampling from a generator is made of: where its artifacts belong, and what they are made from."""
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from prism_ray.config import Config, WorldConfig
+from prism_ray.data.imagenet_names import class_names as imagenet_names
+from prism_ray.data.imagenet_names import synsets
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.generator_files import check_generator
-from prism_ray.identity import content_hash, plain
+from prism_ray.errors import InputError
+from prism_ray.generator_files import check_generator, takes_class_ids
+from prism_ray.identity import content_hash, plain, walk
 from prism_ray.plan import energy_teachers, needs_calibration
 from prism_ray.prompts.names import class_phrases
+from prism_ray.staging import is_elsewhere, staged
 from prism_ray.storage import sha256_of_file
 from prism_ray.work import (
     MARKER,
@@ -17,6 +23,8 @@ from prism_ray.work import (
     CalibrationItem,
     CalibrationSettings,
     GeneratorItem,
+    PhrasesItem,
+    PhrasesSettings,
     PromptsItem,
     RunSpec,
     classifier_digest,
@@ -34,7 +42,7 @@ def generator_of(config: Config, dataset: PreparedDataset, artifacts_dir: Path) 
     source, world = config.generator.source, config.generator.world
     assert source is not None, "refused by validation"
     if source != TRAIN:
-        elsewhere = Path(source).absolute()
+        elsewhere = staged(source, artifacts_dir) if is_elsewhere(source) else Path(source).absolute()
         check_generator(elsewhere)
         return str(elsewhere), None
     phrases = tuple(found[0] for found in class_phrases(dataset.class_names, config.prompts.phrases))
@@ -49,18 +57,61 @@ def _world_folder(world: WorldConfig, phrases: Sequence[str], dataset: PreparedD
     return artifacts_dir / "generators" / f"world-{content_hash(settings)}"
 
 
-def prompts_item(config: Config, dataset: PreparedDataset, generator_dir: str, artifacts_dir: Path) -> PromptsItem:
-    """The table of prompts of a run."""
+def prompts_item(
+    config: Config, dataset: PreparedDataset, generator_dir: str, artifacts_dir: Path, *, phrases: Sequence[str] = ()
+) -> PromptsItem:
+    """The table of prompts of a run.
+
+    Args:
+        phrases: what teachers chose to call each class; empty: the first that it may be called.
+    """
     names = tuple(dataset.class_names)
     settings = {
         "version": 1,
-        "prompts": plain(config.prompts),
+        "prompts": {key: plain(value) for key, value, field in walk(config.prompts) if field["output"]},
+        "phrases": list(phrases),
         "classes": list(names),
         "seed": config.seed,
-        "tokenizer": generator_digest(Path(generator_dir), parts=("tokenizer",)),
+        # What prompts depend on of it: how it counts, or which classes it knows.
+        "generator": generator_digest(Path(generator_dir), parts=("tokenizer", "transformer/config.json")),
     }
     folder = artifacts_dir / "prompts" / f"{config.prompts.world.name}-{content_hash(settings)}"
-    return PromptsItem(config.prompts, names, config.seed, generator_dir, str(folder))
+    return PromptsItem(config.prompts, names, config.seed, generator_dir, str(folder), tuple(phrases))
+
+
+def phrases_item(spec: RunSpec, artifacts_dir: Path) -> PhrasesItem | None:
+    """The samples by which a teacher chooses what ambiguous classes are called, None where it is not asked."""
+    config, names = spec.config, spec.dataset().class_names
+    assert spec.generator_dir is not None, "the generator comes first"
+    if not config.prompts.judged_images or takes_class_ids(Path(spec.generator_dir)):
+        return None
+    possible = class_phrases(names, config.prompts.phrases)
+    ambiguous = [class_id for class_id in spec.class_ids() if len(possible[class_id]) > 1]
+    if not ambiguous:
+        return None
+    teacher = config.teachers.primary
+    settings = PhrasesSettings(
+        generator=generator_digest(Path(spec.generator_dir)),
+        settings=_sampled_by(config),
+        teacher=teacher,
+        teacher_digest=classifier_digest(Path(spec.teacher_dirs[teacher])),
+        names=tuple(names),
+        phrases=dict(config.prompts.phrases),
+        class_ids=tuple(ambiguous),
+        num_images=config.prompts.judged_images,
+        seed=config.seed,
+        threads=config.compute.threads,
+    )
+    return PhrasesItem(spec, settings, str(artifacts_dir / "phrases" / content_hash(plain(settings))))
+
+
+def _sampled_by(config: Config) -> dict[str, Any]:
+    """What decides an unguided sample beside its prompt and its seed."""
+    sampling = {
+        k: v for k, v in plain(config.method.sampling).items() if k not in ("oversample", "keep", "abort_at", "widen")
+    }
+    generator = {k: v for k, v in plain(config.generator).items() if k not in ("source", "world", "licence")}
+    return {"generator": generator, "sampling": sampling}
 
 
 def calibration_item(spec: RunSpec, artifacts_dir: Path) -> CalibrationItem | None:
@@ -70,13 +121,10 @@ def calibration_item(spec: RunSpec, artifacts_dir: Path) -> CalibrationItem | No
         return None
     assert spec.generator_dir is not None, "the generator comes first"
     assert spec.prompts_dir is not None, "prompts come first"
-    guidance, sampling = config.method.guidance, plain(config.method.sampling)
-    for key in ("oversample", "keep", "abort_at"):
-        del sampling[key]
-    generator = {k: v for k, v in plain(config.generator).items() if k not in ("source", "world", "licence")}
+    guidance = config.method.guidance
     settings = CalibrationSettings(
         generator=generator_digest(Path(spec.generator_dir)),
-        settings={"generator": generator, "sampling": sampling},
+        settings=_sampled_by(config),
         prompts=sha256_of_file(Path(spec.prompts_dir) / PROMPTS_FILE),
         teachers={name: classifier_digest(Path(spec.teacher_dirs[name])) for name in energy_teachers(config)},
         class_ids=tuple(spec.class_ids()),
@@ -94,7 +142,8 @@ def calibration_item(spec: RunSpec, artifacts_dir: Path) -> CalibrationItem | No
 def generator_digest(folder: Path, *, parts: Sequence[str] = ()) -> str:
     """Digest over a pipeline's files; of some of its parts only, if they are named."""
     roots = [folder / part for part in parts] or [folder]
-    files = sorted(path for root in roots for path in root.rglob("*") if path.is_file() and path.name != MARKER)
+    found = (path for root in roots for path in (root, *root.rglob("*")))
+    files = sorted(path for path in found if path.is_file() and path.name != MARKER)
     return content_hash([[str(path.relative_to(folder)), _sha256_of(path, path.stat().st_mtime_ns)] for path in files])
 
 
@@ -102,3 +151,27 @@ def generator_digest(folder: Path, *, parts: Sequence[str] = ()) -> str:
 def _sha256_of(path: Path, changed_ns: int) -> str:
     """sha256 of a file, read once for all runs of a command as long as nobody touches it."""
     return sha256_of_file(path)
+
+
+def class_ids_of_generator(folder: Path, class_names: Sequence[str]) -> list[int]:
+    """The ids that a pipeline asked by class id has for the classes of a data set, in their order.
+
+    Its own classes are taken for the data set's where their numbers agree; ImageNet's 1000 are found by name or WordNet
+    id.
+
+    Raises:
+        InputError: the pipeline was trained on other classes.
+    """
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    num_classes = config.get("num_embeds_ada_norm")
+    if num_classes == len(class_names):
+        return list(range(len(class_names)))
+    known = {name: n for names in (imagenet_names(), synsets()) for n, name in enumerate(names)}
+    unknown = [name for name in class_names if name not in known]
+    if num_classes != len(synsets()) or unknown:
+        wrong = f"; {unknown[0]!r} is none of ImageNet's" if unknown else ""
+        raise InputError(
+            f"generator {folder}: knows {num_classes} classes, the data set has {len(class_names)}{wrong}; expected a "
+            "model of the same classes, or of ImageNet's 1000 for some of these"
+        )
+    return [known[name] for name in class_names]

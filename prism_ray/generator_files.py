@@ -79,3 +79,8 @@ def _check_part(folder: Path, *, shown: str) -> None:
             raise InputError(f"{shown}: {missing[0]} of its index is missing; download or copy the folder again")
     for path in files:
         check_weights_file(path, allow_pickle=False)
+
+
+def takes_class_ids(folder: Path) -> bool:
+    """Whether a pipeline is asked by class id instead of by text."""
+    return _read_index(folder, f"generator {folder}").get("_class_name") == "DiTPipeline"

@@ -14,15 +14,17 @@ from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line, within
+from prism_ray.generation import TRAIN
 from prism_ray.identity import run_id
 from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
 from prism_ray.methods.label_layout import LabelLayout
 from prism_ray.options import Engine, LabelKind
-from prism_ray.plan import Unit, guided, has_statistics, plan_units, reserved_images, used_teachers
+from prism_ray.plan import Unit, energy_teachers, guided, has_statistics, plan_units, reserved_images, used_teachers
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
+from prism_ray.staging import found_here
 from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights
 from prism_ray.work import MARKER, RELABEL, SYNTHESIZE, artifact_facts
@@ -70,12 +72,15 @@ def plan_text(config: Config) -> str:
     if config.method.engine is Engine.inversion:
         budget = sorted({unit.iterations for unit in units}, reverse=True)
         lines.append(f"  iterations  {sum(unit.iterations for unit in units)} in all, per unit {budget}")
-    estimate = estimate_operations(config, units, _teacher_flops(config, dataset, len(names)))
+    forward = _teacher_flops(config, dataset, len(names))
+    estimate = estimate_operations(config, units, forward)
     rate = config.compute.effective_tflops * 1e12
     counted = [("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)]
     if config.method.engine is Engine.diffusion:
-        lines.append(f"  sampling    {config.method.sampling.steps} steps; its operations are not estimated")
-        counted = counted[1:]
+        sampling = _sampling_flops(config, sum(forward[name] for name in energy_teachers(config)))
+        cost = "a generator that is not here yet" if sampling is None else f"{sampling:.3g} FLOP per image"
+        lines.append(f"  sampling    {config.method.sampling.steps} steps, {cost}")
+        counted[:1] = [] if sampling is None else [("synthesis", num_images * sampling)]
     for name, flops in counted:
         hours, speed = flops / rate / 3600, config.compute.effective_tflops
         lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
@@ -119,6 +124,23 @@ def _teacher_flops(config: Config, dataset: PreparedDataset | None, num_classes:
                 num_classes=num_classes,
             )
     return found
+
+
+def _sampling_flops(config: Config, teachers: float) -> float | None:
+    """Operations of one sampled image, from the generator's configs; None before they were fetched."""
+    # imports diffusers, which only a plan of sampling needs
+    from prism_ray.models.sampling_flops import pipeline_cost, sampling_flops, world_cost
+
+    generator, dataset = config.generator, config.dataset
+    assert generator.source is not None, "refused by validation"
+    if generator.source == TRAIN:
+        cost = world_cost(generator.world, image_size=dataset.image_size, channels=dataset.channels)
+    else:
+        folder = found_here(generator.source, open_store(config.storage).path("artifacts"))
+        if folder is None:
+            return None
+        cost = pipeline_cost(folder, image_size=generator.image_size)
+    return sampling_flops(config.method, cost, teachers)
 
 
 def estimate_operations(config: Config, units: list[Unit], forward: dict[str, float]) -> Estimate:

@@ -10,6 +10,7 @@ class Source(Enum):
     fashion_mnist = "fashion_mnist"
     image_folder = "image_folder"
     parquet = "parquet"
+    mnist = "mnist"
     imagenet_names = "imagenet_names"
 
 
@@ -262,6 +263,14 @@ class Dtype(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class BackEnd(Enum):
+    """Who writes the scenes of prompts: fixed axes, a local language model, or one behind an OpenAI-compatible URL."""
+
+    template = "template"
+    transformers = "transformers"
+    http = "http"
 
 
 class PromptWorld(Enum):

@@ -17,8 +17,9 @@ from prism_ray import summary
 from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
+from prism_ray.data.shifted import class_ids_in, prepare_shifted
 from prism_ray.errors import ExitCode, InputError, PrismError
-from prism_ray.generation import calibration_item, generator_of, prompts_item
+from prism_ray.generation import calibration_item, generator_of, phrases_item, prompts_item
 from prism_ray.ledger import MANIFEST, Outcome
 from prism_ray.options import Executor
 from prism_ray.plan import check_statistics, needs_generator, used_teachers
@@ -38,6 +39,7 @@ from prism_ray.work import (
     RunSpec,
     TeacherItem,
     UnitRef,
+    artifact_facts,
     check_starts,
 )
 
@@ -144,6 +146,10 @@ def prepare(command: Command) -> None:
     for n, each in enumerate(command.runs, 1):
         with storage_errors(each.artifacts_dir):
             each.dataset = prepare_dataset(each.config.dataset, each.artifacts_dir)
+            for name, where in each.config.evaluate.shifted_sets.items():
+                shifted = prepare_shifted(each.config.dataset, name, where, each.artifacts_dir)
+                each.shifted_dirs[name] = str(shifted.folder)
+                class_ids_in(each.dataset.class_names, shifted.class_names, name=name)
         each.pin("data set", each.dataset.content_hash)
         check_statistics(each.config, each.units)  # refused, like a plan that can't be made, before teachers train
         check_starts(each.spec())
@@ -199,10 +205,14 @@ def prompt(command: Command) -> None:
     """Tables of prompts, written once and then frozen."""
     items: dict[str, Item] = {}
     runs = [each for each in command.runs if needs_generator(each.config)]
+    chosen = {each.name: phrases_item(each.spec(), each.artifacts_dir) for each in runs}
+    do_artifacts(command, "phrases", {item.folder: item for item in chosen.values() if item}, "choices")
     for each in runs:
         assert each.dataset is not None, "prepare comes first"
         assert each.generator_dir is not None, "the generator comes first"
-        item = prompts_item(each.config, each.dataset, each.generator_dir, each.artifacts_dir)
+        judged = chosen[each.name]
+        phrases = artifact_facts(judged.folder)["phrases"] if judged else ()
+        item = prompts_item(each.config, each.dataset, each.generator_dir, each.artifacts_dir, phrases=phrases)
         each.prompts_dir, items[item.folder] = item.folder, item
     do_artifacts(command, "prompts", items, "tables")
     for each in runs:

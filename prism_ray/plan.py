@@ -256,10 +256,11 @@ def needs_generator(config: Config) -> bool:
 
 
 def needs_calibration(config: Config) -> bool:
-    """Whether the energies of unguided samples must be known before any is guided."""
+    """Whether a pilot round of unguided samples must be looked at before the run's own are drawn."""
     guidance = config.method.guidance
     several = len(energy_teachers(config)) > 1
-    return needs_generator(config) and guidance.scale != 0 and (guidance.margin_quantile is not None or several)
+    is_steered = guidance.scale != 0 and (guidance.margin_quantile is not None or several or guidance.adapt > 0)
+    return needs_generator(config) and (is_steered or config.method.sampling.widen is not None)
 
 
 def statistics_pool(config: Config) -> list[str]:

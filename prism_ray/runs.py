@@ -88,6 +88,7 @@ class Run:
     generator_dir: str | None = None
     prompts_dir: str | None = None
     calibration_dir: str | None = None
+    shifted_dirs: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -114,6 +115,7 @@ class Run:
             self.generator_dir,
             self.prompts_dir,
             self.calibration_dir,
+            self.shifted_dirs,
         )
 
     @cached_property

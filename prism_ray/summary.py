@@ -12,9 +12,12 @@ from prism_ray.options import Engine, EvaluationSplit, LabelKind
 from prism_ray.plan import energy_teachers, needs_generator, statistics_pool, used_teachers
 from prism_ray.report.contents import (
     KINDS,
+    MEASURES,
+    SET_MEASURES,
     Cosine,
     DatasetFacts,
     Diversity,
+    Energies,
     Judged,
     Measured,
     Paths,
@@ -121,6 +124,7 @@ def summarize(run: Run) -> RunSummary:
         synthesis_cpu_s=_all(r.details.get("cpu_s") for r in images.values()),
         cosine=Cosine(feature_model=diversity[0].model, **vars(diversity[0].cosine)) if diversity else Cosine(),
         diversity=diversity,
+        energies=[Energies(**found) for found in measures.get("energies", [])],
         judges=[Judged(**judged) for judged in measures.get("judges", [])],
         split=config.evaluate.split.name,
         num_measured=_num_measured(run),
@@ -148,8 +152,8 @@ def _num_measured(run: Run) -> int:
 
 
 def _diversity(space: Mapping[str, Any]) -> Diversity:
-    measures = {name: Measured(**space[name]) for name in ("cosine", "vendi", "effective_rank")}
-    return Diversity(space=space["space"], model=space["model"], **measures)
+    measures: dict[str, Any] = {name: Measured(**space[name]) for name in (*MEASURES, *SET_MEASURES)}
+    return Diversity(**{**space, **measures})
 
 
 def _teachers(run: Run) -> list[TeacherFacts]:
@@ -213,6 +217,7 @@ def _students(run: Run) -> list[StudentResult]:
                     lr=details.get("lr", run.config.student.lr),
                     images_per_s=details.get("images_per_s"),
                     data_wait_share=details.get("data_wait_share"),
+                    shifts=details.get("shifts", {}),
                 )
             )
     return results

@@ -7,6 +7,7 @@ from prism_ray.config import STAGES, Check, Config, label_teachers, plain_name
 from prism_ray.errors import InputError
 from prism_ray.identity import plain, walk
 from prism_ray.options import (
+    BackEnd,
     BatchPlan,
     Engine,
     EvaluationSplit,
@@ -23,6 +24,9 @@ from prism_ray.options import (
     StatisticsRole,
     Validation,
 )
+
+MOST_UNTRAINED = 0.01
+"""Share of the initial weights in an averaged network at most."""
 
 
 def check_config(config: Config) -> None:
@@ -239,11 +243,31 @@ def _check_prompts(config: Config) -> None:
             f"prompts.world={prompts.world.name}, generator.source={config.generator.source}: a generator trained here "
             "knows the attributes of world small and nothing else, any other one photos; correct one of them"
         )
+    wanted = {"model": prompts.back_end is not BackEnd.template, "url": prompts.back_end is BackEnd.http}
+    for name, is_wanted in wanted.items():
+        value = getattr(prompts, name)
+        if (value is not None) != is_wanted:
+            raise InputError(
+                f"prompts.{name}={value}: back_end={prompts.back_end.name} {'needs one' if is_wanted else 'has none'}; "
+                f"set {'it' if is_wanted else 'it to null'}, or correct back_end"
+            )
+    if prompts.back_end is not BackEnd.template and (is_trained or prompts.name_only):
+        raise InputError(
+            f"prompts.back_end={prompts.back_end.name}: nothing to write where prompts are "
+            f"{'names alone' if prompts.name_only else 'captions of world small'}; set it to template"
+        )
     if is_trained and config.dataset.image_size % 2 ** (len(config.generator.world.vae_channels) - 1):
         factor = 2 ** (len(config.generator.world.vae_channels) - 1)
         raise InputError(
             f"generator.world.vae_channels: {len(config.generator.world.vae_channels)} levels divide a side by "
             f"{factor}, which dataset.image_size={config.dataset.image_size} is no multiple of; use fewer levels"
+        )
+    world = config.generator.world
+    untrained = world.ema_decay**world.unet_steps
+    if is_trained and untrained > MOST_UNTRAINED:
+        raise InputError(
+            f"generator.world.ema_decay={world.ema_decay}: after {world.unet_steps} steps the average still holds "
+            f"{untrained:.0%} of the untrained network; lower it, or raise generator.world.unet_steps"
         )
     if is_trained and config.generator.world.text_width % 4:
         raise InputError(
@@ -268,7 +292,8 @@ def _check_real_images(config: Config) -> None:
         return
     reasons = {
         f"method.engine={method.engine.name}": method.engine is Engine.real,
-        f"method.init={method.init.name}": method.init in (Init.real, Init.mosaic),
+        f"method.init={method.init.name}": method.engine is Engine.inversion
+        and method.init in (Init.real, Init.mosaic),
         f"method.class_share={method.class_share}": method.class_share > 0,
         "method.conv_statistics=true": method.conv_statistics,
         f"method.statistics_reduction={method.statistics_reduction.name}": method.statistics_reduction

@@ -22,7 +22,7 @@ from prism_ray.weights import find_weights, is_folder
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
 DIVERSITY = "metrics/diversity.json"
-DIVERSITY_VERSION = 2
+DIVERSITY_VERSION = 3
 """Raised when it holds other measures, so that old ones are made again."""
 MARKER = "prism_ray.json"
 """File that tells a complete artifact folder, with what is known of its content."""
@@ -49,6 +49,8 @@ class RunSpec:
     """Where the table of its prompts is."""
     calibration_dir: str | None = None
     """Where the energies of unguided samples are, if guidance needs them."""
+    shifted_dirs: dict[str, str] = field(default_factory=dict)
+    """By name, where the test sets of other domains are."""
 
     def ledger(self) -> Ledger:
         return Ledger(open_store(self.run_dir))
@@ -129,7 +131,35 @@ class PromptsItem(ArtifactItem):
     seed: int
     generator_dir: str  # whose tokenizer counts
     folder: str
+    phrases: tuple[str, ...] = ()  # what teachers chose to call each class; empty: the first that it may be called
     name: ClassVar[str] = "prompts"
+
+
+@dataclass(frozen=True)
+class PhrasesSettings:
+    """All that decides which phrases a teacher recognizes, and so names their folder."""
+
+    generator: str  # digest of its folder
+    settings: dict[str, Any]  # how it computes and samples
+    teacher: str
+    teacher_digest: str  # of its weights and of its description
+    names: tuple[str, ...]  # of all classes
+    phrases: dict[str, str]  # as given by the user
+    class_ids: tuple[int, ...]
+    num_images: int  # of each phrase
+    seed: int
+    threads: int
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class PhrasesItem(ArtifactItem):
+    """Samples of everything that ambiguous classes may be called; `folder` is where its artifact belongs."""
+
+    spec: RunSpec
+    settings: PhrasesSettings
+    folder: str
+    name: ClassVar[str] = "phrases"
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,7 @@ class CalibrationSettings:
     class_weight: float
     seed: int
     threads: int
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)
@@ -308,6 +338,7 @@ class DiversityItem:
 Item = (
     TeacherItem
     | GeneratorItem
+    | PhrasesItem
     | PromptsItem
     | CalibrationItem
     | StatisticsItem

@@ -327,3 +327,11 @@ def test_what_needs_real_images_is_refused_where_there_are_only_names(override: 
     message = str(refused.value)
     assert message.startswith(f"{named}: needs real images")
     assert "\n" not in message
+
+
+def test_every_shift_can_be_asked_for_by_name() -> None:
+    from prism_ray.config import ATTRIBUTES, CORRUPTIONS
+    from prism_ray.methods.attributes import AXES, SHIFTS
+
+    assert tuple(SHIFTS) == CORRUPTIONS
+    assert {f"{axis}:{value}" for axis, values in AXES.items() for value in values[1:]} == set(ATTRIBUTES)

@@ -15,8 +15,9 @@ from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top1, 
 from prism_ray.models.classifier import load_classifier
 from prism_ray.options import EvaluationSplit, LabelKind
 from prism_ray.stages.device import deterministic, teacher_of
-from prism_ray.stages.distill import Distiller, measured_accuracy, reserved_rows, validation_split
+from prism_ray.stages.distill import Distiller, measured_accuracy, validation_split
 from prism_ray.stages.evaluate import measure_diversity
+from prism_ray.stages.held_out import reserved_rows
 from prism_ray.stages.student_batches import read_training_set
 from prism_ray.stages.views import decode_images
 from prism_ray.work import DISTILL, DIVERSITY, DiversityItem, RunSpec, StudentItem, student_inputs

@@ -15,13 +15,16 @@ import pytest
 import torch
 from commands import Command, products, spec_of_copy
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from pipelines import save_twin
 
 from prism_ray import cli
 from prism_ray.config import Row
+from prism_ray.data.imagenet_names import class_names
 from prism_ray.errors import PrismError
 from prism_ray.generation import generator_of
-from prism_ray.models.classifier import load_classifier
+from prism_ray.models.classifier import build_classifier, load_classifier, save_classifier
 from prism_ray.options import Keep
+from prism_ray.prompts.names import class_phrases
 from prism_ray.prompts.table import from_jsonl
 from prism_ray.runs import locate
 from prism_ray.stages.generator import make_generator
@@ -90,7 +93,8 @@ def test_energies_are_of_the_stored_pixels(finished: Path) -> None:
     rows = rows_of(finished)
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])[:, None]
     with torch.no_grad():
-        energies = -torch.logsumexp(teacher(torch.from_numpy(pixels).float() / 255), dim=1)
+        logits = teacher(torch.from_numpy(pixels).float() / 255)
+    energies = -logits[torch.arange(len(rows)), [row["label"] for row in rows]]  # joint energy, as eda has it
     torch.testing.assert_close(
         energies.double(), torch.tensor([row["energy"] for row in rows]).double(), atol=1e-4, rtol=0
     )
@@ -256,9 +260,21 @@ REFUSED = [
     (["method.sampling.oversample=1.5", "method.sampling.keep=of_prompt"], "expected a whole number"),
     (["method.guidance.teachers=[nobody]"], "teacher 'nobody' is unknown"),
     (["prompts.world=photo"], "prompts.world=photo, generator.source=train"),
+    (["prompts.back_end=http", "prompts.model=m"], "prompts.url=None: back_end=http needs one"),
+    (["prompts.back_end=transformers"], "prompts.model=None: back_end=transformers needs one"),
+    (["prompts.url=http://127.0.0.1/v1"], "back_end=template has none"),
+    (
+        ["prompts.back_end=http", "prompts.model=m", "prompts.url=u", "prompts.name_only=false"],
+        "captions of world small",
+    ),
+    (["prompts.back_end=http", "prompts.model=m", "prompts.url=u", "prompts.name_only=true"], "names alone"),
+    (["evaluate.shifts=[melted]"], "expected names among sheared"),
+    (["evaluate.shifts=['rotation:down']"], "evaluate.shifts=['rotation:down']"),
+    (["evaluate.shifted_sets={mine: /nowhere}"], "/nowhere"),
     (["generator.world.vae_channels=[8,8,8,8,8,8]"], "which dataset.image_size=16 is no multiple of"),
     (["generator.world.text_width=10"], "no multiple of 4"),
     (["generator.world.unet_channels=[10]"], "expected multiples of 8"),
+    (["generator.world.ema_decay=0.99"], "still holds 96% of the untrained network"),
     (["method.sampling.sampler=magic"], "expected one of ddim"),
     (["generator.attention=magic"], "expected one of auto"),
     (["method.sampling.cfg_scale=0.5"], "at least 1"),
@@ -293,7 +309,7 @@ def test_the_card_says_that_images_were_sampled(finished: Path) -> None:
     assert "The images are real" not in text
 
 
-@pytest.mark.parametrize("preset", ["unguided", "eda_faithful", "mpgd", "freedom", "dm_kd"])
+@pytest.mark.parametrize("preset", ["unguided", "eda_faithful", "mpgd", "freedom", "dm_kd", "prism_adaptive"])
 def test_every_preset_makes_images(preset: str, models: Path, prism: Command) -> None:
     done = prism(
         "run",
@@ -314,3 +330,171 @@ def test_a_run_without_prompts_of_a_class_is_an_error_of_one_line(finished: Path
     path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b'"class_id": 4' not in line))
     with pytest.raises(PrismError, match="no prompt of class 4"):
         Synthesizer(spec)
+
+
+def test_a_pilot_round_tells_how_each_class_is_named_and_how_diverse_it_is(finished: Path) -> None:
+    classes = json.loads((only(finished, "calibrations") / MARKER).read_text())["classes"]
+    assert set(classes) == {str(c) for c in range(10)}
+    assert all(0 <= entry["agreement"] <= 1 and 0 <= entry["diversity"] <= 2 for entry in classes.values())
+
+
+def test_the_closed_loop_guides_and_widens_by_class(models: Path, prism: Command) -> None:
+    done = prism(
+        "run",
+        *SMOKE,
+        "method=prism_adaptive",
+        "prompts=diversified",
+        "method.sampling.steps=4",
+        "method.sampling.widen=1.0",
+        "method.guidance.calibration_images=20",
+        "stages=[prepare,teach,synthesize]",
+        f"storage={models}",
+    )
+    assert done.code == 0, done.err
+    (found,) = (models / "artifacts/calibrations").iterdir()
+    diversity = {int(c): e["diversity"] for c, e in json.loads((found / MARKER).read_text())["classes"].items()}
+    best = max(diversity, key=lambda c: diversity[c])
+    plain = {row["prompt"] for row in rows_of(models) if row["label"] == best}
+    assert len(plain) == 1, "the most diverse class gets plain prompts alone"
+    others = {row["prompt"] for row in rows_of(models) if row["label"] == min(diversity, key=lambda c: diversity[c])}
+    assert len(others) > 1
+
+
+def test_energies_of_sampled_images_are_in_the_report(finished: Path) -> None:
+    page = (run_dir(finished) / "report" / "report.html").read_text()
+    assert '<h2 id="energies">' in page
+    assert page.count('<figure class="captioned"') == 30
+    assert 'title="a digit three"' in page
+
+
+# Generators from elsewhere
+
+CRANE = "crane (n02012849)"  # the bird; ImageNet's other crane lifts
+PIPELINE = [
+    "recipe=imagenet1k_eda",
+    "compute=inline",
+    "stages=[prepare,teach,synthesize]",
+    f"classes=[zebra,'{CRANE}']",
+]
+
+
+@pytest.fixture(scope="module")
+def imagenet_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "t"
+    teacher = build_classifier(
+        "test_efficientnet",
+        num_classes=1000,
+        in_chans=3,
+        image_size=32,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        model_args={},
+        seed=0,
+    )
+    save_classifier(teacher, folder, class_names=class_names(), extra={})
+    return folder
+
+
+def twin_run(kind: str, teacher: Path, folder: Path) -> list[str]:
+    """The recipe of ImageNet-1K on a small twin of its generator, two guided steps."""
+    return [
+        *PIPELINE,
+        f"generator.source={save_twin(kind, folder / kind)}",
+        f"teachers.models.resnet50.source={teacher}",
+        f"storage={folder}/outputs",
+        "dataset.image_size=32",
+        "images_per_class=2",
+        "generator.dtype=fp32",
+        "method.batch_size=4",
+        "method.sampling.steps=2",
+        "method.sampling.micro_batch=4",
+        "method.guidance.start=0.0",
+        "method.guidance.end=1.0",
+        "method.guidance.calibration_images=4",
+    ]
+
+
+def test_the_imagenet_recipe_runs_guided_on_a_twin_of_stable_diffusion(
+    imagenet_teacher: Path, prism: Command, tmp_path: Path
+) -> None:
+    """With the teacher's choice of what the ambiguous class is called."""
+    overrides = [
+        *twin_run("sd", imagenet_teacher, tmp_path),
+        "prompts.judged_images=2",
+        "prompts.per_class=3",
+        "prompts.max_tokens=500",
+    ]
+    done = prism.bare("run", *overrides)
+    assert done.code == 0, done.err
+    rows = rows_of(tmp_path / "outputs")
+    assert sorted(row["class_name"] for row in rows) == [CRANE, CRANE, "zebra", "zebra"]
+    assert all(np.isfinite(row["energy"]) for row in rows)
+    facts = json.loads((only(tmp_path / "outputs", "phrases") / MARKER).read_text())
+    possible = class_phrases(class_names())
+    asked = {(class_id, phrase) for class_id, phrase, _ in facts["agreement"]}
+    assert asked == {(c, phrase) for c in (134, 340) for phrase in possible[c] if len(possible[c]) > 1} != set()
+    for row in rows:
+        assert facts["phrases"][row["label"]] in row["prompt"]
+    assert "2 steps, " in prism.bare("plan", *overrides).out
+
+
+def test_the_imagenet_recipe_runs_guided_on_a_twin_of_dit(
+    imagenet_teacher: Path, prism: Command, tmp_path: Path
+) -> None:
+    """It is asked by ImageNet's class ids, which the table of prompts holds."""
+    overrides = [*twin_run("dit", imagenet_teacher, tmp_path), "prompts=plain"]
+    done = prism.bare("run", *overrides)
+    assert done.code == 0, done.err
+    prompts = {(row["class_name"], row["prompt"]) for row in rows_of(tmp_path / "outputs")}
+    assert prompts == {("zebra", "340"), (CRANE, "134")}
+    assert "FLOP per image" in prism.bare("plan", *overrides).out
+
+
+def test_a_generator_of_other_classes_is_refused(prism: Command, tmp_path: Path) -> None:
+    folder = save_twin("dit", tmp_path / "dit")
+    done = prism("run", *SMOKE, f"generator.source={folder}", "prompts.world=photo")
+    assert done.code == 2
+    assert "knows 1000 classes, the data set has 10" in done.err
+
+
+# Both tracks together
+
+
+def test_samples_are_what_dataset_distillation_starts_from(models: Path, finished: Path, prism: Command) -> None:
+    shutil.copytree(finished / "runs", models / "runs")
+    sampled = run_dir(models).name
+    overrides = ["recipe=digits_smoke", "compute=inline", "stages=[prepare,teach,synthesize]", f"storage={models}"]
+    done = prism("run", *overrides, "method.init=generated", f"method.init_run={sampled}", "run_id=both")
+    assert done.code == 0, done.err
+    rows = [
+        row
+        for path in sorted((models / "runs/both/images").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert rows
+    assert all(row["source_image_id"] for row in rows)
+
+
+def test_statistics_can_be_matched_while_sampling(models: Path, prism: Command) -> None:
+    stages = ["stages=[prepare,teach,synthesize]", f"storage={models}"]
+    for name, weight in (("plain", 0.0), ("matched", 1.0)):
+        done = prism("run", *SMOKE, *stages, f"run_id={name}", f"method.bn_weight={weight}")
+        assert done.code == 0, done.err
+    plain, matched = (products(models / "runs" / name) for name in ("plain", "matched"))
+    assert plain.keys() == matched.keys()
+    assert not set(plain.values()) & set(matched.values())
+
+
+def test_real_images_can_be_shown_with_the_attributes_of_a_world(models: Path, prism: Command) -> None:
+    stages = ["stages=[prepare,synthesize]", f"storage={models}", "recipe=digits_smoke", "compute=inline"]
+    for name, share in (("plain", 0.0), ("changed", 0.5)):
+        done = prism("run", *stages, "method=random_real", f"run_id={name}", f"method.attribute_share={share}")
+        assert done.code == 0, done.err
+
+    def pngs(name: str) -> list[bytes]:
+        files = sorted((models / "runs" / name / "images").glob("*.parquet"))
+        return [row["image"]["bytes"] for path in files for row in pq.read_table(path).to_pylist()]
+
+    same = [a == b for a, b in zip(pngs("plain"), pngs("changed"), strict=True)]
+    assert any(same), "half of them stay as they are"
+    assert not all(same)

@@ -9,6 +9,7 @@ from prism_ray.data.fashion_mnist import FashionMnist
 from prism_ray.data.hf_parquet import HfParquet
 from prism_ray.data.image_folder import ImageFolder
 from prism_ray.data.imagenet_names import ImagenetNames
+from prism_ray.data.mnist import Mnist
 from prism_ray.data.records import RealSource
 from prism_ray.errors import InputError
 from prism_ray.options import Source
@@ -18,6 +19,7 @@ SOURCES: dict[Source, Callable[[DatasetConfig], RealSource]] = {
     Source.fashion_mnist: FashionMnist,
     Source.image_folder: ImageFolder,
     Source.parquet: HfParquet,
+    Source.mnist: Mnist,
     Source.imagenet_names: ImagenetNames,
 }
 

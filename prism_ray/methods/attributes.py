@@ -37,6 +37,19 @@ class _Strengths:
     sigma: Tensor  # of the blur, as a share of the side
 
 
+MOST_AXES = 3
+"""Attributes of an image at most; more would hide what it shows."""
+
+
+def draw_values(seed: int, *, share: float) -> dict[str, str]:
+    """Attributes of one image: with probability `share` one to three axes away from neutral, else none."""
+    random = np.random.Generator(np.random.Philox(key=seed))
+    if random.random() >= share:
+        return {}
+    axes = random.permutation(list(AXES))[: 1 + random.integers(MOST_AXES)]
+    return {str(axis): AXES[axis][1 + random.integers(len(AXES[axis]) - 1)] for axis in axes}
+
+
 def apply_attributes(images: Tensor, values: Sequence[Values], seeds: Sequence[int]) -> Tensor:
     """Images with their attributes, (B, C, H, W) in [0, 1].
 

@@ -47,6 +47,11 @@ class PromptRow:
     source: str = TEMPLATE  # who wrote it: template, transformers, http, or fallback
     reason: str | None = None  # of a fallback
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for the class and nothing else."""
+        return self.style == PHOTO and not any(PHRASES.get(axis, {}).get(v, v) for axis, v in self.values.items())
+
 
 @dataclass(frozen=True)
 class TableSettings:

@@ -70,6 +70,7 @@ class StudentResult:
     lr: float | None = None  # peak learning rate
     images_per_s: float | None = None
     data_wait_share: float | None = None  # of the training time, spent waiting for data
+    shifts: dict[str, float] = field(default_factory=dict)  # top-1 on shifted test sets, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +110,50 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How alike the images of a class are in one feature space; beside it as many real images."""
+    """How alike a class's images are in one feature space, and how like held-out real ones; beside it real images."""
 
     space: Space
     model: str | None = None  # whose features; None: raw pixels
     cosine: Measured = field(default_factory=Measured)
     vendi: Measured = field(default_factory=Measured)  # 1 to images per class
     effective_rank: Measured = field(default_factory=Measured)  # 1 to images per class
+    # Against `num_set` held-out real images; `real_mean` is what as many real training images reach.
+    precision: Measured = field(default_factory=Measured)
+    recall: Measured = field(default_factory=Measured)
+    density: Measured = field(default_factory=Measured)
+    coverage: Measured = field(default_factory=Measured)
+    fid: Measured = field(default_factory=Measured)
+    kid: Measured = field(default_factory=Measured)
+    num_set: int = 0  # images of either set; 0: too few to be measured
+    k: int = 0  # neighbor that gives a ball its radius, for precision and recall
+    k_coverage: int = 0  # ... for density and coverage
+    class_coverage: dict[str, float] = field(default_factory=dict)  # by class id
+
+
+MEASURES = ("cosine", "vendi", "effective_rank")
+"""Of the images of a class."""
+SET_MEASURES = ("precision", "recall", "density", "coverage", "fid", "kid")
+"""Of all images against real ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energies:
+    """What a teacher's free energy makes of the images and of as many held-out real ones, 0 to 1 where not said."""
+
+    teacher: str
+    temperature: float
+    num_images: int  # of either set
+    mean: float  # nats, like the next
+    real_mean: float
+    overlap: float  # of the two histograms: 1 alike, 0 disjoint
+    auroc: float  # of telling them apart by it: 0.5 can't be; above, synthetic images have the higher energies
+    fpr95: float  # share of synthetic images below the energy that 95 % of the real ones are below
+    agreement: float  # share of synthetic images that the teacher names as planned
+    effective_classes: float  # 1 to the number of classes
+    class_agreement: dict[str, float] = field(default_factory=dict)  # by class id
+    edges: list[float] = field(default_factory=list)  # of the histograms' bins
+    shares: list[float] = field(default_factory=list)  # of the synthetic images, by bin
+    real_shares: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +231,7 @@ class RunSummary:
     students: list[StudentResult] = field(default_factory=list)
     cosine: Cosine = field(default_factory=Cosine)
     diversity: list[Diversity] = field(default_factory=list)  # in every feature space there is
+    energies: list[Energies] = field(default_factory=list)  # by teacher
     judges: list[Judged] = field(default_factory=list)
     split: Literal["test", "validation"] = "test"  # what students were measured on
     num_measured: int | None = None  # real images of it, of the chosen classes; None: all test images

@@ -32,6 +32,8 @@ MARKUP_BYTES = 160  # of an image besides its data
 class Picture:
     uri: str  # data:image/png;base64,...
     index: int  # k of its class
+    energy: float | None = None  # None where no teacher's steered it
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,24 @@ def build_gallery(summaries: Sequence[RunSummary], *, max_bytes: int = MAX_BYTES
 
 def _pictures(paths: Sequence[str], class_ids: Sequence[int], *, per_class: int) -> list[list[Picture]]:
     pictures: dict[int, list[Picture]] = {class_id: [] for class_id in class_ids}
-    for class_id, index, png in first_images(paths, class_ids, per_class=per_class):
-        data = base64.b64encode(_thumbnail(png)).decode("ascii")
-        pictures[class_id].append(Picture(f"data:image/png;base64,{data}", index))
+    for image in first_images(paths, class_ids, per_class=per_class):
+        data = base64.b64encode(_thumbnail(image.png)).decode("ascii")
+        uri = f"data:image/png;base64,{data}"
+        pictures[image.class_id].append(Picture(uri, image.index, image.energy, image.prompt))
     return list(pictures.values())
 
 
-def first_images(paths: Sequence[str], wanted: Sequence[int], *, per_class: int) -> list[tuple[int, int, bytes]]:
-    """The first images of each of the `wanted` class ids: (class id, index in class, PNG), class by class.
+@dataclass(frozen=True)
+class StoredImage:
+    class_id: int
+    index: int  # k of its class
+    png: bytes
+    energy: float | None
+    prompt: str | None
+
+
+def first_images(paths: Sequence[str], wanted: Sequence[int], *, per_class: int) -> list[StoredImage]:
+    """The first images of each of the `wanted` class ids, class by class.
 
     "First" is by `index_in_class` where the table has it, else by the order of files and rows. Only the row groups that
     hold a chosen image are read.
@@ -100,11 +112,15 @@ def first_images(paths: Sequence[str], wanted: Sequence[int], *, per_class: int)
     starts, ends = (np.searchsorted(class_ids[order], wanted, side=side) for side in ("left", "right"))
     bounds = zip(starts, ends, strict=True)
     chosen = np.concatenate([order[start : min(start + per_class, end)] for start, end in bounds])
-    images: dict[int, bytes] = {}
+    images: dict[int, _Stored] = {}
     for file in np.unique(files[chosen]):
         of_file = chosen[files[chosen] == file]
         images |= dict(zip(of_file.tolist(), _read_images(paths[int(file)], rows[of_file]), strict=True))
-    return [(int(class_ids[entry]), int(indices[entry]), images[entry]) for entry in chosen.tolist()]
+    return [StoredImage(int(class_ids[n]), int(indices[n]), *images[n]) for n in chosen.tolist()]
+
+
+_Stored = tuple[bytes, float | None, str | None]
+"""PNG, energy and prompt of an image."""
 
 
 def _image_index(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -132,17 +148,19 @@ def _running_count(class_ids: np.ndarray) -> np.ndarray:
     return count
 
 
-def _read_images(path: str, rows: np.ndarray) -> list[bytes]:
-    """PNG bytes of some rows of a shard, in the order asked for."""
+def _read_images(path: str, rows: np.ndarray) -> list[_Stored]:
+    """Some rows of a shard, in the order asked for; real images have neither energy nor prompt."""
     with _opened(path) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        found: dict[int, bytes] = {}
+        found: dict[int, _Stored] = {}
+        columns = [name for name in ("image", "energy", "prompt") if name in file.schema_arrow.names]
         for group in range(len(sizes)):
             wanted = rows[(rows >= starts[group]) & (rows < starts[group + 1])]
             if len(wanted):
-                images = file.read_row_group(group, columns=["image"])["image"].take(wanted - starts[group])
-                found |= {int(row): image["bytes"] for row, image in zip(wanted, images.to_pylist(), strict=True)}
+                stored = file.read_row_group(group, columns=columns).take(wanted - starts[group]).to_pylist()
+                for row, entry in zip(wanted.tolist(), stored, strict=True):
+                    found[row] = (entry["image"]["bytes"], entry.get("energy"), entry.get("prompt"))
     return [found[row] for row in rows.tolist()]
 
 

@@ -6,6 +6,7 @@ The same summaries and shards give the same bytes: there is no clock, no host na
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -23,10 +24,10 @@ from prism_ray.report.comparison import (
     renamed_weights,
     teacher_rows,
 )
-from prism_ray.report.contents import KINDS, Diversity, RunSummary, SearchResult
+from prism_ray.report.contents import KINDS, SET_MEASURES, Diversity, RunSummary, SearchResult
 from prism_ray.report.files import write_document
 from prism_ray.report.gallery import MAX_SIDE, build_gallery
-from prism_ray.report.plots import accuracy_plot, cosine_plot, loss_plot, storage_plot
+from prism_ray.report.plots import accuracy_plot, cosine_plot, energy_plot, loss_plot, storage_plot
 from prism_ray.report.ranking import baseline_of, missing_notes, ranked_rows, score_rows
 
 
@@ -55,6 +56,7 @@ def render_report(
     groups, renamed = protocol_groups(settings), renamed_weights(summaries)
     scores = score_rows(summaries, references)
     columns, crossed_rows = crossed(summaries)
+    gallery = build_gallery(summaries)
     is_pooled = any(summary.num_runs > 1 for summary in summaries)
     figures = [
         ("Student accuracy", accuracy_plot(summaries), "Bars are means over seeds, dots are single students."),
@@ -67,6 +69,11 @@ def render_report(
             "Diversity",
             cosine_plot(summaries),
             f"Lower is more diverse. Bars are one standard deviation over {'runs' if is_pooled else 'classes'}.",
+        ),
+        (
+            "Energies",
+            energy_plot(summaries),
+            "Free energies of each run's images; gray are as many held-out real ones.",
         ),
         ("Loss terms", loss_plot(summaries), f"As each unit{' of the first seed' if is_pooled else ''} ended."),
     ]
@@ -96,11 +103,17 @@ def render_report(
             columns=columns,
             crossed_rows=crossed_rows,
             searches=search_rows(summaries),
-            gallery=build_gallery(summaries),
+            gallery=gallery,
+            has_energies=any(p.energy is not None for c in gallery.classes for row in c.rows for p in row.pictures),
             max_side=MAX_SIDE,
             is_pooled=is_pooled,
             measured_on="test images" if summaries[0].split == "test" else "training images kept for validation",
             diversity=diversity_tables(summaries),
+            set_tables=set_tables(summaries),
+            set_measures=SET_MEASURES,
+            energies=[(s.label, found) for s in one_per_image_set(summaries) for found in s.energies],
+            shift_names=shift_names(summaries),
+            shift_rows=shift_rows(summaries),
             judged=[(s.label, judged) for s in one_per_image_set(summaries) for judged in s.judges],
             has_bn_distance=any(t.bn_distance_first is not None for s in summaries for t in s.teachers),
             feature_models=sorted({s.cosine.feature_model for s in summaries if s.cosine.feature_model}),
@@ -131,6 +144,42 @@ def diversity_tables(summaries: Sequence[RunSummary]) -> list[tuple[str, list[tu
             space = "pixels as they are" if found.model is None else f"features of {found.model} ({found.space})"
             tables.setdefault(space, []).append((summary.label, found))
     return list(tables.items())
+
+
+def set_tables(summaries: Sequence[RunSummary]) -> list[tuple[str, list[tuple[str, Diversity]]]]:
+    """The tables of `diversity_tables` with the runs that were compared with real images; without them none."""
+    compared = [(space, [(name, d) for name, d in rows if d.num_set]) for space, rows in diversity_tables(summaries)]
+    return [(space, rows) for space, rows in compared if rows]
+
+
+@dataclass(frozen=True)
+class ShiftRow:
+    """Students of a run with one kind of labels on every shifted test set."""
+
+    name: str
+    labels: str
+    clean: text.Spread | None
+    mean: text.Spread | None
+    shifted: dict[str, text.Spread | None]
+
+
+def shift_names(summaries: Sequence[RunSummary]) -> list[str]:
+    """Every shifted set that some student was measured on, in the order of the first that was."""
+    return list(dict.fromkeys(name for summary in summaries for s in summary.students for name in s.shifts))
+
+
+def shift_rows(summaries: Sequence[RunSummary]) -> list[ShiftRow]:
+    """The runs whose students were measured on shifted sets."""
+    rows = []
+    for summary in summaries:
+        for kind in KINDS:
+            students = [s for s in summary.students if s.labels == kind and s.shifts]
+            if students:
+                shifted = {name: text.spread(s.shifts.get(name) for s in students) for name in shift_names(summaries)}
+                means = text.spread(fmean(s.shifts.values()) for s in students)
+                clean = text.spread(s.top1 for s in students)
+                rows.append(ShiftRow(summary.name, kind, clean, means, shifted))
+    return rows
 
 
 def interval_text(hits: int, num: int) -> str:

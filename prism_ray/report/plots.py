@@ -155,6 +155,29 @@ def cosine_plot(summaries: Sequence[RunSummary]) -> str | None:
         return _svg(figure, "cosine", "Cosine similarity within classes, synthetic and real")
 
 
+def energy_plot(summaries: Sequence[RunSummary]) -> str | None:
+    """Histograms of the first teacher's energies, a row for each set of images that was steered. None without any."""
+    found = [(s.label, s.energies[0]) for s in one_per_image_set(summaries) if s.energies and _is_sampled(s)]
+    if not found:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = _figure(0.6 + 0.62 * len(found))
+        panels = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (label, energies) in zip(panels, found, strict=True):
+            axes.stairs(energies.real_shares, energies.edges, fill=True, color=MUTED, alpha=0.35)
+            axes.stairs(energies.shares, energies.edges, fill=True, color=SOFT, alpha=0.6)
+            axes.set_ylabel(_shortened(label), rotation=0, ha="right", va="center", parse_math=False)
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+        panels[-1].set_xlabel(f"free energy in {found[0][1].teacher}")
+        return _svg(figure, "energies", "Histograms of energies, synthetic and real")
+
+
+def _is_sampled(summary: RunSummary) -> bool:
+    method = summary.config.get("method")
+    return isinstance(method, dict) and method.get("engine") == "diffusion"
+
+
 def loss_plot(summaries: Sequence[RunSummary]) -> str | None:
     """Loss terms of each unit at its last iteration, in plan order. None where no run has any."""
     curves = [

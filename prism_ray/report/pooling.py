@@ -5,11 +5,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from prism_ray.report.contents import Cosine, Diversity, Judged, Measured, RunSummary, SearchResult
+from prism_ray.report.contents import (
+    MEASURES,
+    SET_MEASURES,
+    Cosine,
+    Diversity,
+    Energies,
+    Judged,
+    Measured,
+    RunSummary,
+    SearchResult,
+)
 from prism_ray.report.format import is_measured, spread
 
-MEASURES = ("cosine", "vendi", "effective_rank")
 COUNTS = ("num_images", "top1_hits", "top5_hits")
+ENERGIES = ("mean", "real_mean", "overlap", "auroc", "fpr95", "agreement", "effective_classes")
 
 
 def pooled(summaries: Sequence[RunSummary]) -> list[RunSummary]:
@@ -50,6 +60,7 @@ def _pooled(runs: list[RunSummary]) -> list[RunSummary]:
             quarantined=[unit for run in runs for unit in run.quarantined],
             cosine=_cosine(runs),
             diversity=_diversity(runs),
+            energies=_energies(runs),
             judges=_judges(runs),
             synthesis_cpu_s=_mean(run.synthesis_cpu_s for run in runs),
         )
@@ -68,8 +79,17 @@ def _diversity(runs: Sequence[RunSummary]) -> list[Diversity]:
     found = []
     for first in runs[0].diversity:
         same = [d for run in runs for d in run.diversity if (d.space, d.model) == (first.space, first.model)]
-        measures = {name: _measured([getattr(d, name) for d in same]) for name in MEASURES}
+        measures = {name: _measured([getattr(d, name) for d in same]) for name in (*MEASURES, *SET_MEASURES)}
         found.append(replace(first, **measures))
+    return found
+
+
+def _energies(runs: Sequence[RunSummary]) -> list[Energies]:
+    """Means over runs by teacher; histograms and classes are the first run's."""
+    found = []
+    for first in runs[0].energies:
+        same = [entry for run in runs for entry in run.energies if entry.teacher == first.teacher]
+        found.append(replace(first, **{name: fmean(getattr(entry, name) for entry in same) for name in ENERGIES}))
     return found
 
 

@@ -6,11 +6,12 @@ In CSV accuracies and shares are from 0 to 1, in Markdown in percent, difference
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from prism_ray.report import format as text
 from prism_ray.report.card import markdown_text
-from prism_ray.report.contents import KINDS, RunSummary
+from prism_ray.report.contents import KINDS, MEASURES, SET_MEASURES, RunSummary
 from prism_ray.report.ranking import RowScores, baseline_of, score_rows
 
 SPACES = ("held-out", "primary", "raw")
@@ -32,12 +33,18 @@ def results_markdown(
     """The same numbers to read, and what they mean."""
     first, records = summaries[0], _records(summaries, references)
     kinds, spaces, judges = _kinds(summaries), _spaces(summaries), _judges(summaries)
+    has_sets = any(found.num_set for summary in summaries for found in summary.diversity)
+    has_energies = any(summary.energies for summary in summaries)
+    shifted = [kind for kind in kinds if any(record[f"shifted_{kind}"] is not None for record in records)]
     baseline = baseline_of(references)
     has_difference = any(record[f"difference_{kind}"] is not None for record in records for kind in kinds)
     header = ["row", "column", "per class", *(f"top-1 {kind}" for kind in kinds)]
     header += [f"{kind} vs {markdown_text(baseline)}" for kind in kinds if has_difference]
     header += [f"cosine {space} (real)" for space in spaces]
     header += [f"Vendi {spaces[0]} (real)", f"effective rank {spaces[0]} (real)"] if spaces else []
+    header += [f"{name} {spaces[0]} (real)" for name in SET_MEASURES] if has_sets else []
+    header += ["energy (real)", "energy overlap", "energy AUROC"] if has_energies else []
+    header += [f"{kind}, mean of shifted sets" for kind in shifted]
     header += [f"{markdown_text(judge)} top-1" for judge in judges]
     header += ["labels", "synthesis, s", "synthesis CPU, s", "student, s"]
     if all(summary.column is None for summary in summaries):
@@ -51,6 +58,12 @@ def results_markdown(
         cells += [_with_real(record, f"cosine_{_key(space)}") for space in spaces]
         if spaces:
             cells += [_with_real(record, f"{name}_{_key(spaces[0])}", 2) for name in ("vendi", "effective_rank")]
+        if has_sets:
+            cells += [_with_real(record, f"{name}_{_key(spaces[0])}") for name in SET_MEASURES]
+        if has_energies:
+            cells.append(f"{text.format_digits(record['energy'])} ({text.format_digits(record['energy_real'])})")
+            cells += [text.format_number(record[name]) for name in ("energy_overlap", "energy_auroc")]
+        cells += [_percent(record, f"shifted_{kind}") for kind in shifted]
         cells += [_interval(record, judge) for judge in judges]
         cells.append(text.format_bytes(summary.label_bytes) if summary.label_bytes else summary.label_codec or "")
         cells += [text.format_digits(record[key]) for key in ("synthesis_s", "synthesis_cpu_s", "student_s")]
@@ -60,6 +73,7 @@ def results_markdown(
         "each run's seed. Differences in points are paired by seed.",
         "Similarity of two images of a class, Vendi score and effective rank: means over classes, ± over runs where a "
         "cell has several, else over classes; in brackets those of as many real images.",
+        *_set_notes(summaries, has_energies=has_energies),
         "Seconds are those of one run and of one student, on the device that made them.",
     ]
     if judges:
@@ -85,6 +99,8 @@ def _records(summaries: Sequence[RunSummary], references: Mapping[str, str]) -> 
             "split": summary.split,
             **_accuracies(summary, score, kinds),
             **_diversity(summary, spaces),
+            **_energies(summary),
+            **_shifted(summary, kinds),
             **_judgements(summary, judges),
             "image_bytes": summary.image_bytes,
             "label_bytes": summary.label_bytes,
@@ -117,11 +133,48 @@ def _diversity(summary: RunSummary, spaces: Sequence[str]) -> dict[str, Any]:
     by_space = {diversity.space: diversity for diversity in summary.diversity}
     found = {}
     for space in spaces:
-        for name in ("cosine", "vendi", "effective_rank"):
+        for name in (*MEASURES, *SET_MEASURES):
             measured = getattr(by_space[space], name) if space in by_space else None
             for suffix, value in (("", "mean"), ("_std", "std"), ("_real", "real_mean")):
                 found[f"{name}_{_key(space)}{suffix}"] = getattr(measured, value, None)
     return found
+
+
+def _energies(summary: RunSummary) -> dict[str, Any]:
+    """Those of the first teacher whose energies were measured."""
+    found = summary.energies[0] if summary.energies else None
+    names = {"energy": "mean", "energy_real": "real_mean", "energy_overlap": "overlap", "energy_auroc": "auroc"}
+    names |= {"energy_fpr95": "fpr95", "energy_agreement": "agreement", "effective_classes": "effective_classes"}
+    return {key: getattr(found, name, None) for key, name in names.items()}
+
+
+def _shifted(summary: RunSummary, kinds: Sequence[str]) -> dict[str, Any]:
+    """Mean over shifted sets, and over each of them, of the students of a label kind."""
+    found = {}
+    for kind in kinds:
+        students = [s for s in summary.students if s.labels == kind and s.shifts]
+        mean = text.spread(fmean(s.shifts.values()) for s in students)
+        found |= {f"shifted_{kind}": mean and mean.mean, f"shifted_{kind}_std": mean and mean.std}
+        found[f"shifted_{kind}_n"] = mean.num if mean else 0
+    return found
+
+
+def _set_notes(summaries: Sequence[RunSummary], *, has_energies: bool) -> list[str]:
+    compared = [found for summary in summaries for found in summary.diversity if found.num_set]
+    notes = []
+    if compared:
+        first = compared[0]
+        notes.append(
+            f"Precision, recall (k = {first.k}), density, coverage (k = {first.k_coverage}), FID and KID: of "
+            f"{first.num_set} images against as many held-out real ones; in brackets as many real training images."
+        )
+    if has_energies:
+        teachers = sorted({found.teacher for summary in summaries for found in summary.energies})
+        notes.append(
+            f"Energies: means of the free energy in {', '.join(teachers)}; overlap of their histogram with that of "
+            "real images, 1 alike; AUROC of telling both apart by them, 0.5 not at all."
+        )
+    return notes
 
 
 def _judgements(summary: RunSummary, judges: Sequence[str]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from prism_ray.lock import check_epoch
 from prism_ray.methods.distillation import cosine_loss, hard_loss, kl_loss, mse_ce_loss
 from prism_ray.methods.schedules import SCHEDULES, with_warmup
 from prism_ray.models.classifier import Classifier, save_classifier
-from prism_ray.options import EvaluationSplit, LabelKind, Precision, SoftLoss, Validation
-from prism_ray.plan import needs_starts, reserved_images
+from prism_ray.options import LabelKind, Precision, SoftLoss, Validation
+from prism_ray.plan import needs_starts
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import ALONE, Group
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, untrained
+from prism_ray.stages.held_out import held_out_rows, reserved_rows
 from prism_ray.stages.labels import LabelTeachers, StoredLabels
+from prism_ray.stages.shifts import shifted_accuracies
 from prism_ray.stages.starts import Starts
 from prism_ray.stages.student_batches import StudentBatch, StudentBatches, TrainingSet, labels_of, read_training_set
 from prism_ray.stages.training import (
@@ -41,7 +43,6 @@ from prism_ray.stages.training import (
     accuracy,
     fit,
     num_parameters,
-    test_accuracy,
 )
 from prism_ray.storage import TEMPORARY, publish_folder, sha256_of_file, to_json
 from prism_ray.work import DISTILL, RunSpec, SearchItem, StudentItem, chosen_lr, learned_from, starts_item
@@ -94,6 +95,7 @@ class Distiller:
                     "best_on_test": None if record.best_top1 is None else max(record.best_top1, top1),
                     "images_per_s": round(record.images_per_s, 1),
                     "data_wait_share": round(record.data_wait_share, 4),
+                    "shifts": shifted_accuracies(classifier, spec, device),
                     "workers": group.size,
                 }
                 _publish(
@@ -244,26 +246,10 @@ def student_loss(config: Config, forward: Forward, batch: StudentBatch, device: 
 
 
 def measured_accuracy(classifier: Classifier, spec: RunSpec, device: torch.device) -> float:
-    """Top-1, 0 to 1, of a student on the images of `evaluate.split`, of the classes that the run has images of.
-
-    `test`: the real test images. `validation`: the last `student.validation_images` real training images of each class,
-    which no synthetic image starts from; the test images are not looked at.
-    """
-    dataset = spec.dataset()
-    if spec.config.evaluate.split is EvaluationSplit.validation:
-        split, rows = "train", reserved_rows(spec)
-    elif spec.config.classes:
-        split, rows = "test", np.flatnonzero(np.isin(dataset.labels("test"), spec.class_ids()))
-    else:
-        return test_accuracy(classifier, dataset, device)
+    """Top-1, 0 to 1, of a student on the real images that are held out for it."""
+    dataset, (split, rows) = spec.dataset(), held_out_rows(spec)
     labels = dataset.labels(split)[rows]
     return accuracy(classifier, lambda places: torch.from_numpy(dataset.images(split, rows[places])), labels, device)
-
-
-def reserved_rows(spec: RunSpec) -> np.ndarray:
-    """Real training images that `evaluate.split` keeps for measuring: those that the plan leaves out of each class."""
-    by_class, reserved = spec.dataset().rows_by_class("train"), reserved_images(spec.config)
-    return np.concatenate([by_class[c][max(0, len(by_class[c]) - reserved) :] for c in spec.class_ids()])
 
 
 @dataclass(frozen=True)

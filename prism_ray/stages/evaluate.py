@@ -1,4 +1,4 @@
-"""Evaluate: how alike the images of a class are, beside as many real ones, and what teachers make of them."""
+"""Evaluate: how alike the images of a class are, how like real ones all of them are, and what teachers make of them."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from prism_ray.ledger import read_table
 from prism_ray.lock import check_epoch
 from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top_k_hits, vendi_score
 from prism_ray.options import LabelKind
+from prism_ray.plan import energy_teachers, needs_generator
 from prism_ray.stages.device import deterministic, pick_device, teacher_of
+from prism_ray.stages.held_out import held_out_rows
+from prism_ray.stages.set_measures import Compared, energy_measures, equal_rows, no_set_measures, set_measures
 from prism_ray.stages.training import in_batches
 from prism_ray.stages.views import decode_images
 from prism_ray.storage import to_json
@@ -25,7 +28,7 @@ MEASURES = {"cosine": intra_class_cosine, "vendi": vendi_score, "effective_rank"
 @torch.no_grad()
 def measure_diversity(item: DiversityItem) -> None:
     """Publish how alike a run's images are in each feature space, beside as many first real training images of each of
-    their classes, and how many of them each judge names correctly.
+    their classes; how they lie among held-out real images; and how many of them each judge names correctly.
 
     NaN, which one image per class gives, is stored as null, like all real values where the data set has no images.
     """
@@ -40,6 +43,7 @@ def measure_diversity(item: DiversityItem) -> None:
     class_ids = np.concatenate([table["label"].to_numpy() for table in tables])
     rows = _real_rows(dataset, class_ids)
     real, real_ids = dataset.images("train", rows), dataset.labels("train")[rows]
+    compared = _compared(spec, pixels, class_ids)
     spaces = []
     with deterministic(config.compute.threads):
         for space, name in _spaces(spec).items():
@@ -47,11 +51,49 @@ def measure_diversity(item: DiversityItem) -> None:
             own = _measured(features(pixels), class_ids)
             beside = _measured(features(real), real_ids) if len(rows) else dict.fromkeys(MEASURES)
             measures = {key: _named(own[key]) | _named(beside[key], "real_") for key in MEASURES}
-            spaces.append({"space": space, "model": name, **measures})
+            against = no_set_measures() if compared is None else set_measures(compared, features)
+            spaces.append({"space": space, "model": name, **measures, **against})
+        energies = [] if compared is None else [_energies(spec, name, compared, device) for name in _steering(spec)]
         judges = [_judged(spec, name, pixels, class_ids, device) for name in config.evaluate.judges]
-    content = {"version": DIVERSITY_VERSION, "inputs": inputs, "spaces": spaces, "judges": judges}
+    content = {"version": DIVERSITY_VERSION, "inputs": inputs, "spaces": spaces, "energies": energies, "judges": judges}
     check_epoch(ledger.store, spec.epoch)
     ledger.store.put(DIVERSITY, to_json(content))
+
+
+def _compared(spec: RunSpec, pixels: np.ndarray, class_ids: np.ndarray) -> Compared | None:
+    """Equal numbers of a run's images and of real ones, None if they are too few to be compared."""
+    dataset, (split, held_out) = spec.dataset(), held_out_rows(spec)
+    sets = {"fake": class_ids, "held_out": dataset.labels(split)[held_out]}
+    most = spec.config.evaluate.set_images
+    chosen = equal_rows(sets, most=most)
+    if chosen is None:
+        return None
+    # Not those held out of it: the sets are to be disjoint.
+    training = np.setdiff1d(np.arange(dataset.num_images("train")), held_out if split == "train" else [])
+    beside = equal_rows({**sets, "training": dataset.labels("train")[training]}, most=most)
+    is_equal = beside is not None and len(beside["fake"]) == len(chosen["fake"])
+    return Compared(
+        pixels[chosen["fake"]],
+        dataset.images(split, held_out[chosen["held_out"]]),
+        dataset.images("train", training[beside["training"]]) if beside is not None and is_equal else None,
+        class_ids[chosen["fake"]],
+    )
+
+
+def _steering(spec: RunSpec) -> list[str]:
+    """Whose energies are measured: those that steer samples, else the primary's."""
+    config = spec.config
+    return (energy_teachers(config) if needs_generator(config) else []) or [config.teachers.primary]
+
+
+def _energies(spec: RunSpec, name: str, compared: Compared, device: torch.device) -> dict[str, Any]:
+    teacher = teacher_of(spec, name, device)
+    return energy_measures(
+        compared,
+        name,
+        lambda pixels: in_batches(teacher, _rows_of(pixels), len(pixels), device),
+        temperature=spec.config.method.guidance.temperature,
+    )
 
 
 def _real_rows(dataset: PreparedDataset, class_ids: np.ndarray) -> np.ndarray:

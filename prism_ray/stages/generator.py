@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prism_ray.config import WorldConfig
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.data.publish import publish_built
 from prism_ray.generator_files import TINY_DECODER
-from prism_ray.methods.attributes import AXES, Values, apply_attributes
+from prism_ray.methods.attributes import apply_attributes, draw_values
 from prism_ray.methods.distillation import batch_of_step
 from prism_ray.models.small_world import build_tokenizer, build_world
 from prism_ray.prompts.captions import PHRASES, caption
@@ -35,8 +34,6 @@ from prism_ray.storage import to_json
 from prism_ray.work import MARKER, GeneratorItem
 
 ENCODE_BATCH = 256
-MOST_AXES = 3
-"""Attributes of a training image at most; more would hide what it shows."""
 
 
 def make_generator(item: GeneratorItem) -> None:
@@ -94,7 +91,10 @@ class _Courses:
         self.item, self.world, self.device = item, item.world, device
         self.pixels = torch.from_numpy(dataset.images("train"))
         self.class_ids = dataset.labels("train")
-        self.values = [_drawn_values(self.world, n) for n in range(len(self.pixels))]
+        self.values = [
+            draw_values(seed_for(self.world.seed, "attributes", n), share=self.world.attribute_share)
+            for n in range(len(self.pixels))
+        ]
         self.seeds = [seed_for(self.world.seed, "attribute strength", n) for n in range(len(self.pixels))]
 
     def images(self, rows: Sequence[int] | np.ndarray) -> Tensor:
@@ -268,15 +268,6 @@ def _tokens(pipe: Any, texts: Sequence[str]) -> Tensor:
     ).input_ids
     place = {text: n for n, text in enumerate(distinct)}
     return made[[place[text] for text in texts]]
-
-
-def _drawn_values(world: WorldConfig, row: int) -> Values:
-    """Attributes of a training image: none, or one to three axes away from neutral."""
-    random = np.random.Generator(np.random.Philox(key=seed_for(world.seed, "attributes", row)))
-    if random.random() >= world.attribute_share:
-        return {}
-    axes = random.permutation(list(AXES))[: 1 + random.integers(MOST_AXES)]
-    return {str(axis): AXES[axis][1 + random.integers(len(AXES[axis]) - 1)] for axis in axes}
 
 
 def _all_captions(phrases: Sequence[str]) -> list[str]:

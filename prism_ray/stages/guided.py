@@ -1,11 +1,13 @@
 """Guided: images sampled from a generator, steered and selected by the energies of teachers.
 
 Samples pass the generator in micro-batches of one size, padded if need be, so that neither their number nor their order
-changes a byte. Shapes: N or B samples, images (N, C, H, W), latents (B, c, h, w).
+changes a byte; but where `method.bn_weight` matches statistics of a micro-batch, its samples depend on each
+other. Shapes: N or B samples, images (N, C, H, W), latents (B, c, h, w).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +20,8 @@ from prism_ray.methods.diffusion.energies import Guide, guidance_loss, teacher_e
 from prism_ray.methods.diffusion.guidance import Guidance
 from prism_ray.methods.diffusion.sampling import Cfg, sample
 from prism_ray.methods.inversion.engine import to_uint8
+from prism_ray.methods.inversion.matching import Network, observed_distances, statistics_term
+from prism_ray.methods.inversion.statistics import targets_of
 from prism_ray.methods.resizing import resized
 from prism_ray.models.classifier import Classifier, to_gray
 from prism_ray.models.generators import Generator
@@ -58,6 +62,7 @@ class GuidedSampler:
         generator: what is sampled from.
         teachers: by name; those that steer are among them.
         margins: see `Margins`; teachers that are not in it have none.
+        strengths: by class, factors of the guidance scale; classes that are not in it have 1.
         image_size, channels: of stored images.
 
     Raises:
@@ -71,13 +76,17 @@ class GuidedSampler:
         teachers: Mapping[str, Classifier],
         *,
         margins: Margins,
+        strengths: Mapping[int, float] | None = None,
         image_size: int,
         channels: int,
         device: torch.device,
     ) -> None:
         self._method, self._generator, self._device = config.method, generator, device
         self._image_size, self._channels = image_size, channels
+        self._strengths = strengths or {}
+        self._config, self._teachers = config, teachers
         self._guides = [Guide(teachers[name], *margins.get(name, (None, 1.0))) for name in energy_teachers(config)]
+        self._matched = self._networks() if config.method.bn_weight else []
         sampling = config.method.sampling
         self._guidance = guidance_of(config)
         named = sampling.sampler or generator.sampler
@@ -87,6 +96,18 @@ class GuidedSampler:
                 f"method.sampling.abort_at={sampling.abort_at}: samples leave their batch half-way, and sampler "
                 f"{self._sampler} keeps a history of it; use one of {', '.join(ONE_STEP)}, or null"
             )
+
+    def _networks(self) -> list[Network]:
+        """Steering teachers whose batch-norm statistics samples are to match, as images of dataset distillation do."""
+        modules = [self._teachers[name] for name in energy_teachers(self._config)]
+        networks = [Network(module, targets_of(module, None, conv=False)) for module in modules]
+        matched = [network for network in networks if network.targets]
+        if not matched:
+            raise InputError(
+                f"method.bn_weight={self._method.bn_weight}: no steering teacher has batch norm, so there are no "
+                "statistics to match; set it to 0, or choose others with method.guidance.teachers"
+            )
+        return matched
 
     def choose(self, unit: Unit, prompts: Sequence[str]) -> Chosen:
         """The images of a unit: of its candidates those of least energy, so many of each class as it has.
@@ -142,6 +163,7 @@ class GuidedSampler:
             cfg=Cfg(sampling.cfg_scale, sampling.cfg_start, sampling.cfg_end),
             guidance=guidance,
             energy=lambda clean: self._loss(clean, class_ids),
+            strengths=self._strengths_of(running),
             first=running.step,
             until=until,
         )
@@ -155,16 +177,29 @@ class GuidedSampler:
             step=sampler.num_steps if until is None else until,
         )
 
+    def _strengths_of(self, running: "Running") -> Tensor | None:
+        if not self._strengths:
+            return None
+        found = [self._strengths.get(candidate.class_id, 1.0) for candidate in running.candidates]
+        return torch.tensor(found, device=self._device)
+
     def _loss(self, clean: Tensor, class_ids: Tensor) -> Tensor:
-        guidance = self._method.guidance
+        guidance, method = self._method.guidance, self._method
         images = self._generator.decode_for_guidance(clean, full=guidance.decoder is Decoder.full)
-        return guidance_loss(
-            self._as_stored(images),
-            class_ids,
-            self._guides,
-            temperature=guidance.temperature,
-            class_weight=guidance.class_weight,
-        )
+        with ExitStack() as stack:
+            observed = [stack.enter_context(observed_distances(network)) for network in self._matched]
+            loss = guidance_loss(
+                self._as_stored(images),
+                class_ids,
+                self._guides,
+                temperature=guidance.temperature,
+                class_weight=guidance.class_weight,
+            )
+        if not observed:
+            return loss
+        # A term of the batch as a whole, of which every sample carries its part.
+        terms = [statistics_term(found, first_bn_multiplier=method.first_bn_multiplier) for found in observed]
+        return loss + method.bn_weight * torch.stack(terms).mean() / len(loss)
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:
@@ -177,7 +212,7 @@ class GuidedSampler:
         guidance = self._method.guidance
         found = []
         for guide in self._guides:
-            logits = self.logits(guide.teacher, pixels)
+            logits = self.answers(guide.teacher, pixels)
             energies = teacher_energy(
                 logits, running.class_ids, temperature=guidance.temperature, class_weight=guidance.class_weight
             )
@@ -185,9 +220,9 @@ class GuidedSampler:
         return torch.stack(found).mean(dim=0)
 
     @torch.no_grad()
-    def logits(self, teacher: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-        """A teacher's logits (N, K) on stored pixels, on the CPU."""
-        return self._in_micro_batches(pixels, lambda part: teacher(part.float() / 255).float())
+    def answers(self, network: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """What a network makes of stored pixels, say a teacher's logits (N, K), on the CPU."""
+        return self._in_micro_batches(pixels, lambda part: network(part.float() / 255).float())
 
     def _in_micro_batches(self, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of every sample, computed in batches of one size."""

@@ -2,7 +2,6 @@
 
 from prism_ray.stages.data_parallel import ALONE, Group
 from prism_ray.stages.distill import Distiller
-from prism_ray.stages.evaluate import measure_diversity
 from prism_ray.stages.starts import make_starts
 from prism_ray.stages.statistics import make_statistics
 from prism_ray.stages.teach import make_teacher
@@ -11,6 +10,7 @@ from prism_ray.work import (
     CalibrationItem,
     GeneratorItem,
     Item,
+    PhrasesItem,
     PromptsItem,
     SearchItem,
     StartsItem,
@@ -36,6 +36,10 @@ class ItemWorker:
                 from prism_ray.stages.generator import make_generator  # imports diffusers, which few workers need
 
                 make_generator(item)
+            elif isinstance(item, PhrasesItem):
+                from prism_ray.stages.phrases import make_phrases
+
+                make_phrases(item)
             elif isinstance(item, PromptsItem):
                 from prism_ray.stages.prompts import make_prompts
 
@@ -53,4 +57,6 @@ class ItemWorker:
             elif isinstance(item, SearchItem):
                 self._distiller.search(item)
             else:
+                from prism_ray.stages.evaluate import measure_diversity  # imports torchmetrics
+
                 measure_diversity(item)

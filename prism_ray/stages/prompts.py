@@ -14,10 +14,15 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from prism_ray.data.publish import publish_files
-from prism_ray.options import PromptWorld
+from prism_ray.generation import class_ids_of_generator
+from prism_ray.generator_files import takes_class_ids
+from prism_ray.options import BackEnd, PromptWorld
+from prism_ray.prompts.chat_server import ChatServer, author_behind
 from prism_ray.prompts.content import STYLES
-from prism_ray.prompts.names import class_phrases
-from prism_ray.prompts.table import TableSettings, count_words, table_hash, to_jsonl, write_table
+from prism_ray.prompts.local_model import author_in
+from prism_ray.prompts.names import class_glosses, class_phrases
+from prism_ray.prompts.table import PHOTO, PromptRow, TableSettings, count_words, table_hash, to_jsonl, write_table
+from prism_ray.prompts.write import Author
 from prism_ray.storage import to_json
 from prism_ray.work import MARKER, PROMPTS_FILE, PromptsItem
 
@@ -26,7 +31,26 @@ def make_prompts(item: PromptsItem) -> None:
     """Write a table; nothing to do if its folder is there."""
     if item.is_done:
         return
-    started, prompts = time.perf_counter(), item.prompts
+    started = time.perf_counter()
+    rows = _class_rows(item) if takes_class_ids(Path(item.generator_dir)) else _text_rows(item)
+    facts = {
+        "sha256": table_hash(rows),
+        "rows": len(rows),
+        "written_by": dict(sorted(Counter(row.source for row in rows).items())),
+        "styles": dict(sorted(Counter(row.style for row in rows).items())),
+        "seconds": time.perf_counter() - started,
+    }
+    publish_files(Path(item.folder), {PROMPTS_FILE: to_jsonl(rows), MARKER: to_json(facts)}, marker=MARKER)
+
+
+def _class_rows(item: PromptsItem) -> list[PromptRow]:
+    """For a generator that is asked by class id: its id of each class."""
+    ids = class_ids_of_generator(Path(item.generator_dir), item.class_names)
+    return [PromptRow(n, 0, str(ids[n]), name, PHOTO) for n, name in enumerate(item.class_names)]
+
+
+def _text_rows(item: PromptsItem) -> list[PromptRow]:
+    prompts = item.prompts
     settings = TableSettings(
         per_class=prompts.per_class,
         photo_share=prompts.photo_share,
@@ -37,15 +61,35 @@ def make_prompts(item: PromptsItem) -> None:
         styles=tuple(prompts.styles) or STYLES,
         max_tokens=prompts.max_tokens,
     )
-    phrases = [found[0] for found in class_phrases(item.class_names, prompts.phrases)]
-    rows = write_table(phrases, settings, count_tokens=_counter(Path(item.generator_dir)))
-    facts = {
-        "sha256": table_hash(rows),
-        "rows": len(rows),
-        "styles": dict(sorted(Counter(row.style for row in rows).items())),
-        "seconds": time.perf_counter() - started,
-    }
-    publish_files(Path(item.folder), {PROMPTS_FILE: to_jsonl(rows), MARKER: to_json(facts)}, marker=MARKER)
+    phrases = list(item.phrases) or [found[0] for found in class_phrases(item.class_names, prompts.phrases)]
+    return write_table(
+        phrases,
+        settings,
+        count_tokens=_counter(Path(item.generator_dir)),
+        author=_author(item),
+        glosses=class_glosses(item.class_names),
+    )
+
+
+def _author(item: PromptsItem) -> Author | None:
+    """Who writes the scenes, None for templates."""
+    prompts = item.prompts
+    if prompts.back_end is BackEnd.template:
+        return None
+    assert prompts.model is not None, "refused by validation"
+    if prompts.back_end is BackEnd.transformers:
+        return author_in(Path(prompts.model))
+    assert prompts.url is not None, "refused by validation"
+    answers = Path(item.folder).with_name("answers")
+    return author_behind(
+        ChatServer(
+            prompts.url,
+            prompts.model,
+            answers,
+            api_key_variable=prompts.api_key_variable,
+            timeout_s=prompts.timeout_s,
+        )
+    )
 
 
 def _counter(generator_dir: Path) -> Callable[[str], int]:

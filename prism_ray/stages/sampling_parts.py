@@ -7,7 +7,7 @@ import torch
 
 from prism_ray.errors import InputError
 from prism_ray.models.generators import DTYPES, Generator, Placement, load_generator
-from prism_ray.prompts.table import from_jsonl
+from prism_ray.prompts.table import PromptRow, from_jsonl
 from prism_ray.work import PROMPTS_FILE, RunSpec
 
 
@@ -27,12 +27,12 @@ def _load(folder: str, placement: Placement, image_size: int | None, tiny_decode
     return load_generator(Path(folder), placement=placement, image_size=image_size, tiny_decoder=tiny)
 
 
-def prompts_by_class(spec: RunSpec) -> dict[int, list[str]]:
+def prompts_by_class(spec: RunSpec) -> dict[int, list[PromptRow]]:
     """The prompts of each class in the order of use."""
     assert spec.prompts_dir is not None, "prompts come first"
-    found: dict[int, list[str]] = {}
+    found: dict[int, list[PromptRow]] = {}
     for row in from_jsonl((Path(spec.prompts_dir) / PROMPTS_FILE).read_bytes()):
-        found.setdefault(row.class_id, []).append(row.prompt)
+        found.setdefault(row.class_id, []).append(row)
     missing = [class_id for class_id in spec.class_ids() if class_id not in found]
     if missing:
         raise InputError(f"{spec.prompts_dir}: has no prompt of class {missing[0]}; delete the folder and run again")

@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch import Tensor
 
 from prism_ray.identity import images_hash
 from prism_ray.ledger import Receipt
+from prism_ray.methods.attributes import apply_attributes, draw_values
+from prism_ray.methods.diffusion.adaptation import dealt
 from prism_ray.methods.inversion.augment import crop_areas, draw_augmentations
 from prism_ray.methods.inversion.budgets import entry_iterations
 from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
@@ -21,6 +24,7 @@ from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weig
 from prism_ray.models.classifier import Classifier, read_extra
 from prism_ray.options import Engine, Reduction
 from prism_ray.plan import (
+    PlannedImage,
     Unit,
     energy_teachers,
     guided,
@@ -96,7 +100,14 @@ class Synthesizer:
         started = self._start_of(unit)
         if self.config.method.engine is Engine.inversion:
             return self._invert(unit, started)
-        return Made(to_uint8(started.pixels).numpy(), started.sources)
+        return Made(to_uint8(self._with_attributes(unit, started.pixels)).numpy(), started.sources)
+
+    def _with_attributes(self, unit: Unit, pixels: Tensor) -> Tensor:
+        share = self.config.method.attribute_share
+        if not share:
+            return pixels
+        values = [draw_values(seed_for(image.seed, "attributes"), share=share) for image in unit.images]
+        return apply_attributes(pixels, values, [seed_for(image.seed, "attribute strength") for image in unit.images])
 
     def _invert(self, unit: Unit, started: Started) -> Made:
         method, size = self.config.method, self.dataset.image_size
@@ -248,25 +259,29 @@ class _Sampling:
     """Samples units of one run from its generator."""
 
     def __init__(self, spec: RunSpec, teachers: Mapping[str, Classifier], device: torch.device) -> None:
-        from prism_ray.stages.calibration import margins_of  # imports diffusers, which few workers need
+        from prism_ray.stages.calibration import (  # imports diffusers, which few workers need
+            margins_of,
+            strengths_of,
+            wide_shares_of,
+        )
         from prism_ray.stages.guided import GuidedSampler
         from prism_ray.stages.sampling_parts import generator_for, prompts_by_class
 
         dataset = spec.dataset()
-        self._prompts = prompts_by_class(spec)
+        self._prompts, self._wide_shares = prompts_by_class(spec), wide_shares_of(spec)
         self._sampler = GuidedSampler(
             spec.config,
             generator_for(spec, device),
             teachers,
             margins=margins_of(spec),
+            strengths=strengths_of(spec),
             image_size=dataset.image_size,
             channels=dataset.channels,
             device=device,
         )
 
     def make(self, unit: Unit) -> Made:
-        own = [self._prompts[image.class_id] for image in unit.images]
-        prompts = [found[image.index_in_class % len(found)] for image, found in zip(unit.images, own, strict=True)]
+        prompts = [self._prompt_of(image) for image in unit.images]
         chosen = self._sampler.choose(unit, prompts)
         running = chosen.running
         guided = max(int(running.guided.sum()), 1)
@@ -284,6 +299,13 @@ class _Sampling:
                 "mean_energy": sum(chosen.energies) / len(chosen.energies),
             },
         )
+
+    def _prompt_of(self, image: PlannedImage) -> str:
+        own = self._prompts[image.class_id]
+        if self._wide_shares is None:
+            return own[image.index_in_class % len(own)].prompt
+        plain, wide = [row for row in own if row.is_plain], [row for row in own if not row.is_plain]
+        return dealt(plain, wide, image.index_in_class, share=self._wide_shares[image.class_id]).prompt
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

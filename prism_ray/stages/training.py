@@ -296,7 +296,10 @@ def test_accuracy(classifier: Classifier, dataset: PreparedDataset, device: torc
 
 @torch.no_grad()
 def accuracy(
-    classifier: Classifier, pixels: Callable[[np.ndarray], Tensor], class_ids: np.ndarray, device: torch.device
+    classifier: Callable[[Tensor], Tensor],
+    pixels: Callable[[np.ndarray], Tensor],
+    class_ids: np.ndarray,
+    device: torch.device,
 ) -> float:
     """Top-1, 0 to 1, on images given as rows → uint8 (B, C, H, W)."""
     return top1(in_batches(classifier, pixels, len(class_ids), device), torch.tensor(class_ids))

@@ -18,24 +18,29 @@ def stored(picture: Picture) -> bytes:
     return base64.b64decode(picture.uri.removeprefix("data:image/png;base64,"))
 
 
+def in_order(paths: list[str], wanted: range, *, per_class: int) -> list[tuple[int, int, bytes]]:
+    found = first_images(paths, wanted, per_class=per_class)
+    return [(image.class_id, image.index, image.png) for image in found]
+
+
 def test_images_come_by_index_in_class_whatever_shard_they_are_in(tmp_path: Path) -> None:
     late = write_images(tmp_path / "0.parquet", [(1, 3, gray(3)), (0, 2, gray(2))], method="m")
     early = write_images(tmp_path / "1.parquet", [(0, 0, gray(0)), (1, 1, gray(1)), (0, 1, gray(9))], method="m")
-    found = first_images([late, early], range(3), per_class=2)
+    found = in_order([late, early], range(3), per_class=2)
     assert found == [(0, 0, gray(0)), (0, 1, gray(9)), (1, 1, gray(1)), (1, 3, gray(3))]
 
 
 def test_real_images_come_in_source_order(tmp_path: Path) -> None:
     rows = [(class_id, gray(10 * number)) for number, class_id in enumerate([2, 0, 2, 1, 0, 2])]
     paths = [write_real(tmp_path / "0.parquet", rows[:3]), write_real(tmp_path / "1.parquet", rows[3:])]
-    found = first_images(paths, range(3), per_class=2)
+    found = in_order(paths, range(3), per_class=2)
     assert found == [(0, 0, gray(10)), (0, 1, gray(40)), (1, 0, gray(30)), (2, 0, gray(0)), (2, 1, gray(20))]
 
 
 def test_images_are_found_across_row_groups(tmp_path: Path) -> None:
     rows = [(row // 1500, gray(row % 256)) for row in range(3000)]  # row groups of 1,000; class 1 starts in the second
     path = write_real(tmp_path / "0.parquet", rows)
-    found = first_images([path], range(2), per_class=2)
+    found = in_order([path], range(2), per_class=2)
     assert found == [(0, 0, gray(0)), (0, 1, gray(1)), (1, 0, gray(1500 % 256)), (1, 1, gray(1501 % 256))]
 
 

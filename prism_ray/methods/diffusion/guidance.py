@@ -71,7 +71,7 @@ def usable(gradient: Tensor) -> Tensor:
 
 
 def displacement(
-    gradient: Tensor, loss: Tensor, reference: Tensor, *, scale: float, sizing: str
+    gradient: Tensor, loss: Tensor, reference: Tensor, *, scale: float | Tensor, sizing: str
 ) -> tuple[Tensor, Tensor]:
     """Where each sample moves to lower its loss: (displacement (B, C, H, W), moved (B,) bool).
 
@@ -79,7 +79,7 @@ def displacement(
         gradient: (B, C, H, W) of the loss.
         loss: (B,), above its margin if it has one.
         reference: (B, 1, 1, 1), the length that `scale` is a share of; unused for sizing "raw".
-        scale: a negative one raises the loss.
+        scale: one for all or (B, 1, 1, 1); a negative one raises the loss.
         sizing: see `Guidance`.
 
     A sample whose gradient is 0 or not finite stays where it is.

@@ -65,6 +65,7 @@ def sample(
     cfg: Cfg,
     guidance: Guidance,
     energy: Energy | None = None,
+    strengths: Tensor | None = None,
     first: int = 0,
     until: int | None = None,
 ) -> tuple[Tensor, Record]:
@@ -77,6 +78,7 @@ def sample(
         cfg: classifier-free guidance.
         guidance: energy guidance; needs `energy` unless its scale is 0.
         energy: what is lowered.
+        strengths: (B,) factors of the guidance scale of each sample; None: 1.
         first, until: steps.
 
     Returns:
@@ -95,7 +97,7 @@ def sample(
         repeats = guidance.repeats(step, num)
         for repeat in range(repeats):
             if energy is not None and guidance.is_guided(step, num):
-                following = _guided_step(step, x, denoise, steps, cfg, guidance, energy, record)
+                following = _guided_step(step, x, denoise, steps, cfg, guidance, energy, record, strengths)
             else:
                 with torch.no_grad():
                     output, _, _ = _predict(step, x, denoise, steps, cfg)
@@ -123,6 +125,7 @@ def _guided_step(
     guidance: Guidance,
     energy: Energy,
     record: Record,
+    strengths: Tensor | None,
 ) -> Tensor:
     """One step with energy guidance."""
     level = steps.level(step)
@@ -139,7 +142,8 @@ def _guided_step(
     loss, clean, output = loss.detach(), clean.detach(), output.detach()
     parts = (conditional.detach(), None if unconditional is None else unconditional.detach())
     reference = _reference(level, parts, cfg, guidance, state=clean if not through_network else x)
-    shift, moved = displacement(gradient.detach(), loss, reference, scale=guidance.scale, sizing=guidance.sizing)
+    scale = guidance.scale if strengths is None else guidance.scale * strengths[:, None, None, None]
+    shift, moved = displacement(gradient.detach(), loss, reference, scale=scale, sizing=guidance.sizing)
     record.clean = clean
     record.guided += 1
     record.satisfied += loss == 0
