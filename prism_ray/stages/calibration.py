@@ -22,8 +22,8 @@ from prism_ray.methods.metrics import intra_class_cosine, top1
 from prism_ray.methods.set_metrics import class_agreement
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
-from prism_ray.stages.guided import Candidate, GuidedSampler, Margins, begun
-from prism_ray.stages.sampling_parts import generator_for, prompts_by_class
+from prism_ray.stages.guided import Candidate, Margins, begun
+from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
 from prism_ray.storage import to_json
 from prism_ray.work import MARKER, CalibrationItem, RunSpec, artifact_facts
 
@@ -33,19 +33,10 @@ def make_calibration(item: CalibrationItem) -> None:
     if item.is_done:
         return
     spec, settings = item.spec, item.settings
-    config, dataset = spec.config, spec.dataset()
-    device, started = pick_device(config.compute.gpus_per_train_worker), time.perf_counter()
+    device, started = pick_device(spec.config.compute.gpus_per_train_worker), time.perf_counter()
     with deterministic(settings.threads):
         teachers = {name: teacher_of(spec, name, device) for name in settings.teachers}
-        sampler = GuidedSampler(
-            config,
-            generator_for(spec, device),
-            teachers,
-            margins={},
-            image_size=dataset.image_size,
-            channels=dataset.channels,
-            device=device,
-        )
+        sampler = sampler_for(spec, teachers, device, margins={})
         prompts = prompts_by_class(spec)
         candidates = []
         for n in range(settings.num_images):

@@ -18,8 +18,8 @@ from prism_ray.prompts.captions import with_article
 from prism_ray.prompts.names import choose_phrases, class_phrases
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
-from prism_ray.stages.guided import Candidate, GuidedSampler, begun
-from prism_ray.stages.sampling_parts import generator_for
+from prism_ray.stages.guided import Candidate, begun
+from prism_ray.stages.sampling_parts import sampler_for
 from prism_ray.storage import to_json
 from prism_ray.work import MARKER, PhrasesItem
 
@@ -32,20 +32,11 @@ def make_phrases(item: PhrasesItem) -> None:
     config, dataset = spec.config, spec.dataset()
     device, started = pick_device(config.compute.gpus_per_train_worker), time.perf_counter()
     possible = class_phrases(dataset.class_names, config.prompts.phrases)
-    # A phrase of its own group, so that its share comes out of the same count as a class's.
-    asked = [(c, phrase) for c in settings.class_ids if len(possible[c]) > 1 for phrase in possible[c]]
+    asked = [(c, phrase) for c in settings.class_ids for phrase in possible[c]]
     shares: dict[tuple[int, str], float] = {}
     with deterministic(settings.threads):
         teacher = teacher_of(spec, settings.teacher, device)
-        sampler = GuidedSampler(
-            config,
-            generator_for(spec, device),
-            {settings.teacher: teacher},
-            margins={},
-            image_size=dataset.image_size,
-            channels=dataset.channels,
-            device=device,
-        )
+        sampler = sampler_for(spec, {settings.teacher: teacher}, device, margins={})
         for class_id, phrase in asked:
             candidates = [
                 Candidate(

@@ -1,13 +1,16 @@
 """What sampling needs of its process: a generator, loaded once, and the prompts of each class."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from prism_ray.errors import InputError
+from prism_ray.models.classifier import Classifier
 from prism_ray.models.generators import DTYPES, Generator, Placement, load_generator
 from prism_ray.prompts.table import PromptRow, from_jsonl
+from prism_ray.stages.guided import GuidedSampler, Margins
 from prism_ray.work import PROMPTS_FILE, RunSpec
 
 
@@ -25,6 +28,28 @@ def generator_for(spec: RunSpec, device: torch.device) -> Generator:
 def _load(folder: str, placement: Placement, image_size: int | None, tiny_decoder: str | None) -> Generator:
     tiny = None if tiny_decoder is None else Path(tiny_decoder)
     return load_generator(Path(folder), placement=placement, image_size=image_size, tiny_decoder=tiny)
+
+
+def sampler_for(
+    spec: RunSpec,
+    teachers: Mapping[str, Classifier],
+    device: torch.device,
+    *,
+    margins: Margins,
+    strengths: Mapping[int, float] | None = None,
+) -> GuidedSampler:
+    """A sampler of a run's generator, in the pixels of its data set; see `GuidedSampler`."""
+    dataset = spec.dataset()
+    return GuidedSampler(
+        spec.config,
+        generator_for(spec, device),
+        teachers,
+        margins=margins,
+        strengths=strengths,
+        image_size=dataset.image_size,
+        channels=dataset.channels,
+        device=device,
+    )
 
 
 def prompts_by_class(spec: RunSpec) -> dict[int, list[PromptRow]]:

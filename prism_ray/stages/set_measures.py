@@ -68,7 +68,7 @@ def _of_one(real: Tensor, fake: Tensor) -> dict[str, float | None]:
         **{name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")},
         # Of no more images than features a Frechet distance measures their number.
         "fid": fid(real, fake) if len(real) > real.shape[1] else None,
-        "kid": kid(real.double(), fake.double(), subset_size=subset, seed=seed_for(0, "kid")),
+        "kid": kid(real, fake, subset_size=subset, seed=seed_for(0, "kid")),
     }
 
 

@@ -264,21 +264,10 @@ class _Sampling:
             strengths_of,
             wide_shares_of,
         )
-        from prism_ray.stages.guided import GuidedSampler
-        from prism_ray.stages.sampling_parts import generator_for, prompts_by_class
+        from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
 
-        dataset = spec.dataset()
         self._prompts, self._wide_shares = prompts_by_class(spec), wide_shares_of(spec)
-        self._sampler = GuidedSampler(
-            spec.config,
-            generator_for(spec, device),
-            teachers,
-            margins=margins_of(spec),
-            strengths=strengths_of(spec),
-            image_size=dataset.image_size,
-            channels=dataset.channels,
-            device=device,
-        )
+        self._sampler = sampler_for(spec, teachers, device, margins=margins_of(spec), strengths=strengths_of(spec))
 
     def make(self, unit: Unit) -> Made:
         prompts = [self._prompt_of(image) for image in unit.images]
