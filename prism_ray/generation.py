@@ -10,6 +10,7 @@ from prism_ray.config import Config, WorldConfig
 from prism_ray.data.imagenet_names import class_names as imagenet_names
 from prism_ray.data.imagenet_names import synsets
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.data.publish import MARKER
 from prism_ray.errors import InputError
 from prism_ray.generator_files import check_generator, takes_class_ids
 from prism_ray.identity import content_hash, plain, walk
@@ -18,7 +19,6 @@ from prism_ray.prompts.names import class_phrases
 from prism_ray.staging import is_elsewhere, staged
 from prism_ray.storage import sha256_of_file
 from prism_ray.work import (
-    MARKER,
     PROMPTS_FILE,
     CalibrationItem,
     CalibrationSettings,

@@ -11,6 +11,7 @@ from typing import Any
 from prism_ray import __version__, summary
 from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_steps
 from prism_ray.data.prepared import PreparedDataset, find_prepared
+from prism_ray.data.publish import MARKER
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line, within
@@ -27,7 +28,7 @@ from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.staging import found_here
 from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
 from prism_ray.weights import find_weights
-from prism_ray.work import MARKER, RELABEL, SYNTHESIZE, artifact_facts
+from prism_ray.work import RELABEL, SYNTHESIZE, artifact_facts
 
 
 def describe(config: Config) -> str:

@@ -13,13 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prism_ray.data.files import open_location
-from prism_ray.data.publish import publish_built
+from prism_ray.data.publish import MARKER, publish_built
 from prism_ray.errors import InputError, PrismError, one_line
 from prism_ray.identity import content_hash
 from prism_ray.storage import sha256_of_file, to_json
 
 HUB = "hub:"
-MARKER = "prism_ray.json"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 """Second copies of the same weights, which are not loaded."""
@@ -78,7 +77,7 @@ def staged(source: str, artifacts_dir: Path) -> Path:
         digests = {str(path.relative_to(building)): sha256_of_file(path) for path in files}
         (building / MARKER).write_bytes(to_json({"source": source, "files": digests}))
 
-    publish_built(folder, build, marker=MARKER)
+    publish_built(folder, build)
     return folder
 
 

@@ -152,7 +152,7 @@ def _num_measured(run: Run) -> int:
 
 
 def _diversity(space: Mapping[str, Any]) -> Diversity:
-    measures: dict[str, Any] = {name: Measured(**space[name]) for name in (*MEASURES, *SET_MEASURES)}
+    measures: dict[str, Any] = {name: Measured(**space.get(name, {})) for name in (*MEASURES, *SET_MEASURES)}
     return Diversity(**{**space, **measures})
 
 

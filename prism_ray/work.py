@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from prism_ray.config import Config, PromptsConfig, TeachConfig, TeacherConfig, WorldConfig
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.data.publish import MARKER
 from prism_ray.data.records import class_ids_of
 from prism_ray.errors import InputError, PrismError
 from prism_ray.identity import content_hash, plain
@@ -24,8 +25,6 @@ SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
 DIVERSITY = "metrics/diversity.json"
 DIVERSITY_VERSION = 3
 """Raised when it holds other measures, so that old ones are made again."""
-MARKER = "prism_ray.json"
-"""File that tells a complete artifact folder, with what is known of its content."""
 STATISTICS_FILE, STARTS_FILE = "statistics.safetensors", "starts.parquet"
 PROMPTS_FILE = "prompts.jsonl"
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from prism_ray import cli
 from prism_ray.config import Row
 from prism_ray.data.prepared import PreparedDataset, find_prepared
+from prism_ray.data.publish import MARKER
 from prism_ray.errors import PrismError
 from prism_ray.methods.inversion.statistics import matched_layers
 from prism_ray.methods.selection import herding
@@ -29,7 +30,7 @@ from prism_ray.plan import used_teachers
 from prism_ray.runs import Run, locate
 from prism_ray.stages.starts import Starts, initial_pixels, make_starts
 from prism_ray.stages.statistics import make_statistics, targets_for
-from prism_ray.work import MARKER, STARTS_FILE, STATISTICS_FILE, StartsItem, StatisticsItem
+from prism_ray.work import STARTS_FILE, STATISTICS_FILE, StartsItem, StatisticsItem
 
 SMOKE = [*RECIPE, "method=prism_released"]
 CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ from pipelines import save_twin
 from prism_ray import cli
 from prism_ray.config import Row
 from prism_ray.data.imagenet_names import class_names
+from prism_ray.data.publish import MARKER
 from prism_ray.errors import PrismError
 from prism_ray.generation import generator_of
 from prism_ray.models.classifier import build_classifier, load_classifier, save_classifier
@@ -30,7 +31,7 @@ from prism_ray.runs import locate
 from prism_ray.stages.generator import make_generator
 from prism_ray.stages.guided import candidates_of
 from prism_ray.stages.synthesize import Synthesizer
-from prism_ray.work import MARKER, PROMPTS_FILE, GeneratorItem, RunSpec
+from prism_ray.work import PROMPTS_FILE, GeneratorItem, RunSpec
 
 SMOKE = ["recipe=digits_dfkd_smoke", "compute=inline"]
 KINDS = ("generator", "prompts", "calibration")

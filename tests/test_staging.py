@@ -9,9 +9,10 @@ import fsspec
 import pytest
 from pipelines import save_twin
 
+from prism_ray.data.publish import MARKER
 from prism_ray.errors import InputError
 from prism_ray.models.generators import Placement, load_generator
-from prism_ray.staging import MARKER, check_elsewhere, found_here, is_elsewhere, staged
+from prism_ray.staging import check_elsewhere, found_here, is_elsewhere, staged
 
 
 @pytest.fixture

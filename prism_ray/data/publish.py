@@ -6,8 +6,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from prism_ray.storage import abandoned, storage_errors, sync_files, sync_path
+from prism_ray.storage import abandoned, storage_errors, sync_files, sync_path, to_json
+
+MARKER = "prism_ray.json"
+"""File of an artifact folder that says how it was made; a folder with it is complete."""
 
 
 @contextmanager
@@ -37,27 +41,27 @@ def published_folder(folder: Path, *, marker: str) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def publish_built(folder: Path, build: Callable[[Path], None], *, marker: str) -> None:
-    """Publish a folder that `build` fills, the marker among its files, and wait until it is on the disk.
+def publish_built(folder: Path, build: Callable[[Path], None]) -> None:
+    """Publish an artifact folder that `build` fills, its marker last, and wait until it is on the disk.
 
     Raises:
         StorageError: the disk is full or refuses to be written.
     """
     with storage_errors(folder):
-        with published_folder(folder, marker=marker) as building:
+        with published_folder(folder, marker=MARKER) as building:
             build(building)
             sync_files(building)
         sync_path(folder.parent)
 
 
-def publish_files(folder: Path, files: Mapping[str, bytes], *, marker: str) -> None:
-    """Publish a folder of these files by name, the marker among them, see `publish_built`."""
+def publish_files(folder: Path, files: Mapping[str, bytes], *, facts: dict[str, Any]) -> None:
+    """Publish an artifact folder of these files by name, with `facts` in its marker, see `publish_built`."""
 
     def build(building: Path) -> None:
-        for name in sorted(files, key=lambda name: name == marker):
-            (building / name).write_bytes(files[name])
+        for name, content in {**files, MARKER: to_json(facts)}.items():
+            (building / name).write_bytes(content)
 
-    publish_built(folder, build, marker=marker)
+    publish_built(folder, build)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -24,8 +24,7 @@ from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
 from prism_ray.stages.guided import Candidate, Margins, begun
 from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
-from prism_ray.storage import to_json
-from prism_ray.work import MARKER, CalibrationItem, RunSpec, artifact_facts
+from prism_ray.work import CalibrationItem, RunSpec, artifact_facts
 
 
 def make_calibration(item: CalibrationItem) -> None:
@@ -71,7 +70,7 @@ def make_calibration(item: CalibrationItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {MARKER: to_json(found)}, marker=MARKER)
+    publish_files(Path(item.folder), {}, facts=found)
 
 
 def _apart(features: Tensor) -> float:

@@ -16,7 +16,7 @@ from prism_ray.options import LabelKind
 from prism_ray.plan import energy_teachers, needs_generator
 from prism_ray.stages.device import deterministic, pick_device, teacher_of
 from prism_ray.stages.held_out import held_out_rows
-from prism_ray.stages.set_measures import Compared, energy_measures, equal_rows, no_set_measures, set_measures
+from prism_ray.stages.set_measures import Compared, energy_measures, equal_rows, set_measures
 from prism_ray.stages.training import in_batches
 from prism_ray.stages.views import decode_images
 from prism_ray.storage import to_json
@@ -51,7 +51,7 @@ def measure_diversity(item: DiversityItem) -> None:
             own = _measured(features(pixels), class_ids)
             beside = _measured(features(real), real_ids) if len(rows) else dict.fromkeys(MEASURES)
             measures = {key: _named(own[key]) | _named(beside[key], "real_") for key in MEASURES}
-            against = no_set_measures() if compared is None else set_measures(compared, features)
+            against = {} if compared is None else set_measures(compared, features)
             spaces.append({"space": space, "model": name, **measures, **against})
         energies = [] if compared is None else [_energies(spec, name, compared, device) for name in _steering(spec)]
         judges = [_judged(spec, name, pixels, class_ids, device) for name in config.evaluate.judges]

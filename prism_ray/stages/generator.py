@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import publish_built
+from prism_ray.data.publish import MARKER, publish_built
 from prism_ray.generator_files import TINY_DECODER
 from prism_ray.methods.attributes import apply_attributes, draw_values
 from prism_ray.methods.distillation import batch_of_step
@@ -31,7 +31,7 @@ from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device
 from prism_ray.stages.training import Checkpoints, Course, fit, one_cycle_lr
 from prism_ray.storage import to_json
-from prism_ray.work import MARKER, GeneratorItem
+from prism_ray.work import GeneratorItem
 
 ENCODE_BATCH = 256
 
@@ -64,7 +64,7 @@ def make_generator(item: GeneratorItem) -> None:
         tiny.save_pretrained(folder / TINY_DECODER, safe_serialization=True)
         (folder / MARKER).write_bytes(to_json(facts))
 
-    publish_built(Path(item.folder), build, marker=MARKER)
+    publish_built(Path(item.folder), build)
     for name in PARTS:
         course.checkpoint(name).unlink(missing_ok=True)
 

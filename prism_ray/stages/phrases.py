@@ -20,8 +20,7 @@ from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
 from prism_ray.stages.guided import Candidate, begun
 from prism_ray.stages.sampling_parts import sampler_for
-from prism_ray.storage import to_json
-from prism_ray.work import MARKER, PhrasesItem
+from prism_ray.work import PhrasesItem
 
 
 def make_phrases(item: PhrasesItem) -> None:
@@ -54,4 +53,4 @@ def make_phrases(item: PhrasesItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {MARKER: to_json(found)}, marker=MARKER)
+    publish_files(Path(item.folder), {}, facts=found)

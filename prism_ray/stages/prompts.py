@@ -23,8 +23,7 @@ from prism_ray.prompts.local_model import author_in
 from prism_ray.prompts.names import class_glosses, class_phrases
 from prism_ray.prompts.table import PHOTO, PromptRow, TableSettings, count_words, table_hash, to_jsonl, write_table
 from prism_ray.prompts.write import Author
-from prism_ray.storage import to_json
-from prism_ray.work import MARKER, PROMPTS_FILE, PromptsItem
+from prism_ray.work import PROMPTS_FILE, PromptsItem
 
 
 def make_prompts(item: PromptsItem) -> None:
@@ -40,7 +39,7 @@ def make_prompts(item: PromptsItem) -> None:
         "styles": dict(sorted(Counter(row.style for row in rows).items())),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {PROMPTS_FILE: to_jsonl(rows), MARKER: to_json(facts)}, marker=MARKER)
+    publish_files(Path(item.folder), {PROMPTS_FILE: to_jsonl(rows)}, facts=facts)
 
 
 def _class_rows(item: PromptsItem) -> list[PromptRow]:

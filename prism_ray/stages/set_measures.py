@@ -72,12 +72,6 @@ def _of_one(real: Tensor, fake: Tensor) -> dict[str, float | None]:
     }
 
 
-def no_set_measures() -> dict[str, Any]:
-    """What `set_measures` says where there are too few images."""
-    empty: dict[str, Any] = {name: {} for name in ("precision", "recall", "density", "coverage", "fid", "kid")}
-    return {**empty, "num_set": 0, "k": 0, "k_coverage": 0, "class_coverage": {}}
-
-
 def energy_measures(
     compared: Compared, name: str, logits_of: Callable[[np.ndarray], Tensor], *, temperature: float
 ) -> dict[str, Any]:

@@ -33,8 +33,7 @@ from prism_ray.schema import table_bytes
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, load_frozen, pick_device, untrained
 from prism_ray.stages.real_images import real_batches
-from prism_ray.storage import to_json
-from prism_ray.work import MARKER, STARTS_FILE, Drawing, StartsItem, StartsSettings, open_dataset
+from prism_ray.work import STARTS_FILE, Drawing, StartsItem, StartsSettings, open_dataset
 
 BATCH = 256
 """Images per forward pass of a judge."""
@@ -129,7 +128,7 @@ def make_starts(item: StartsItem) -> None:
         "seconds": time.perf_counter() - started,
     }
     table = table_bytes(_table(settings, chosen))
-    publish_files(Path(item.folder), {STARTS_FILE: table, MARKER: to_json(facts)}, marker=MARKER)
+    publish_files(Path(item.folder), {STARTS_FILE: table}, facts=facts)
 
 
 def _whole_images(

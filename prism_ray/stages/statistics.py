@@ -21,8 +21,7 @@ from prism_ray.plan import has_statistics, needs_statistics_pass
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, load_frozen, pick_device
 from prism_ray.stages.real_images import real_batches
-from prism_ray.storage import to_json
-from prism_ray.work import MARKER, STATISTICS_FILE, RunSpec, StatisticsItem, open_dataset
+from prism_ray.work import STATISTICS_FILE, RunSpec, StatisticsItem, open_dataset
 
 BATCH = 256
 """Images per forward pass, as in G-VBSM's released program; sums are exact enough not to depend on it."""
@@ -63,7 +62,7 @@ def make_statistics(item: StatisticsItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {STATISTICS_FILE: save(tensors), MARKER: to_json(facts)}, marker=MARKER)
+    publish_files(Path(item.folder), {STATISTICS_FILE: save(tensors)}, facts=facts)
 
 
 def targets_for(spec: RunSpec, name: str, teacher: nn.Module, device: torch.device) -> tuple[LayerTarget, ...]:

@@ -266,7 +266,11 @@ class _Sampling:
         )
         from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
 
-        self._prompts, self._wide_shares = prompts_by_class(spec), wide_shares_of(spec)
+        self._wide_shares = wide_shares_of(spec)
+        self._prompts = {
+            class_id: ([row for row in own if row.is_plain], [row for row in own if not row.is_plain], own)
+            for class_id, own in prompts_by_class(spec).items()
+        }
         self._sampler = sampler_for(spec, teachers, device, margins=margins_of(spec), strengths=strengths_of(spec))
 
     def make(self, unit: Unit) -> Made:
@@ -290,10 +294,9 @@ class _Sampling:
         )
 
     def _prompt_of(self, image: PlannedImage) -> str:
-        own = self._prompts[image.class_id]
+        plain, wide, own = self._prompts[image.class_id]
         if self._wide_shares is None:
             return own[image.index_in_class % len(own)].prompt
-        plain, wide = [row for row in own if row.is_plain], [row for row in own if not row.is_plain]
         return dealt(plain, wide, image.index_in_class, share=self._wide_shares[image.class_id]).prompt
 
 

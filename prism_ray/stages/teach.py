@@ -40,7 +40,7 @@ from prism_ray.stages.training import (
     one_cycle_lr,
 )
 from prism_ray.weights import LITE
-from prism_ray.work import MARKER, TeacherItem
+from prism_ray.work import TeacherItem
 
 BN_IMAGES = 100
 """Real images at most that a teacher's batch-norm statistics are compared with."""
@@ -79,7 +79,6 @@ def make_teacher(item: TeacherItem) -> None:
     publish_built(
         Path(item.folder),
         lambda built: save_classifier(classifier, built, class_names=dataset.class_names, extra=facts),
-        marker=MARKER,
     )
     checkpoint_of(item).unlink(missing_ok=True)
 

@@ -10,13 +10,14 @@ import pytest
 from pipelines import save_twin
 
 from prism_ray.config import PromptsConfig
+from prism_ray.data.publish import MARKER
 from prism_ray.errors import InputError
 from prism_ray.generation import class_ids_of_generator
 from prism_ray.generator_files import takes_class_ids
 from prism_ray.options import BackEnd
 from prism_ray.prompts.table import PromptRow, from_jsonl
 from prism_ray.stages.prompts import make_prompts
-from prism_ray.work import MARKER, PROMPTS_FILE, PromptsItem
+from prism_ray.work import PROMPTS_FILE, PromptsItem
 
 PLACES = ["river", "meadow", "harbour", "street", "kitchen", "forest", "beach", "garden"]
 
