@@ -1,13 +1,13 @@
-"""What guidance costs and what it keeps: seconds of guided samples beside unguided ones, and energies beside eda_faithful's.
+"""What guidance costs and what it keeps: seconds beside unguided samples, energies beside eda_faithful's.
 
     python benchmarks/guided_sampling.py --storage DIR [--recipe fashion_mnist_dfkd] [--pairs 7] [--images 200]
         [--scales 0.05 0.1 0.2] [overrides ...]
 
-Prints one JSON line. `ratio`: median seconds of a unit with `method=eda` over those with `method=unguided`, same sampler,
-steps, classifier-free guidance and images, in turn in one process, the first pair not counted; the calibration, made once
-per run, is beside it. `energies`: mean of max(0, joint energy - margin) over the same seeds' images as they are stored, by
-the full decoder, with eda's margin for all; `kept`: the share of the fall under `eda_faithful` that eda reaches, by
-`eda_faithful`'s guidance scale.
+Prints one JSON line. `ratio`: median seconds of a unit with `method=eda` over those with `method=unguided`, same
+sampler, steps, classifier-free guidance and images, in turn in one process, the first pair not counted; the
+calibration, made once per run, is beside it. `energies`: mean of max(0, joint energy - margin) over the same seeds'
+images as they are stored, by the full decoder, with eda's margin for all; `kept`: the share of the fall under
+`eda_faithful` that eda reaches, by `eda_faithful`'s guidance scale.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from prism_ray.work import RunSpec, artifact_facts
 
 def prepared(config: Config) -> tuple[RunSpec, list[Unit], float]:
     """A run's spec with all artifacts that sampling needs, its units, and the seconds that calibration took."""
-    with ExitStack() as stack, open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
         run = open_run(Row("benchmark", config), stack)
         runtime = stack.enter_context(pipeline.make_runtime(config))
         command = pipeline.Command([run], runtime, stack.enter_context(Progress(nowhere)), [])

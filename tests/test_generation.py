@@ -200,6 +200,48 @@ def test_neither_micro_batches_nor_their_order_change_a_unit(finished: Path, tmp
         assert table.column("image").to_pylist() == published.column("image").to_pylist()
 
 
+def test_another_micro_batch_changes_a_unit_by_rounding_alone(finished: Path, tmp_path: Path) -> None:
+    spec = sampling_spec(finished, tmp_path / "copy")
+    sampling = replace(spec.config.method.sampling, micro_batch=5)
+    other = replace(spec, config=replace(spec.config, method=replace(spec.config.method, sampling=sampling)))
+    for unit in spec.units():
+        energies = [Synthesizer(each).compute(unit)[0]["energy"].to_numpy() for each in (spec, other)]
+        np.testing.assert_allclose(energies[0], energies[1], atol=1e-3)
+
+
+def test_receipts_tell_how_often_samples_were_guided_and_satisfied(finished: Path) -> None:
+    """Every second step from 40 % of four on: steps 2 and no other."""
+    receipts = [json.loads(path.read_text()) for path in (run_dir(finished) / "receipts/synthesize").glob("*.json")]
+    assert receipts
+    for receipt in receipts:
+        details = receipt["details"]
+        assert details["guided_steps"] == receipt["rows"]
+        assert 0 <= details["satisfied_share"] <= 1
+        assert details["skipped_steps"] == 0
+
+
+def test_what_a_kill_left_undone_is_sampled_to_the_same_bytes(finished: Path, tmp_path: Path, prism: Command) -> None:
+    """As after a kill between two units: one is gone, one has no receipt yet, and with them what was made of them."""
+    storage = shutil.copytree(finished, tmp_path / "outputs")
+    shutil.rmtree(storage / "artifacts/same_images")
+    shards = sorted((run_dir(storage) / "images").glob("*.parquet"))
+    for shard in shards[:2]:
+        (run_dir(storage) / "receipts/synthesize" / f"{shard.stem}.json").unlink()
+    shards[0].unlink()
+    (run_dir(storage) / "manifest.json").unlink()
+    assert prism("run", *SMOKE).code == 0
+    assert products(run_dir(storage)) == products(run_dir(finished))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_student_of_samples_alone_names_real_digits(prism: Command, tmp_path: Path) -> None:
+    """It never sees a real image or a real label; ten classes by chance are a tenth."""
+    assert prism("run", "recipe=digits_dfkd", "student.seeds=[0]", "student.labels=[soft]").code == 0
+    (summary,) = json.loads((run_dir(tmp_path / "outputs") / "report/summary.json").read_text())
+    assert summary["students"][0]["top1"] > 0.9
+
+
 def test_of_candidates_those_of_least_energy_are_kept_and_classes_stay_even(models: Path, prism: Command) -> None:
     plain = prism("run", *SMOKE, "stages=[prepare,teach,synthesize]", f"storage={models}", "run_id=plain")
     more = prism(
