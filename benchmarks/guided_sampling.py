@@ -1,7 +1,7 @@
 """What guidance costs and what it keeps: seconds beside unguided samples, energies beside eda_faithful's.
 
-    python benchmarks/guided_sampling.py --storage DIR [--recipe fashion_mnist_dfkd] [--pairs 7] [--images 200]
-        [--scales 0.05 0.1 0.2] [overrides ...]
+    python benchmarks/guided_sampling.py --storage DIR [--recipe fashion_mnist_dfkd] [--pairs 7] [--images 100]
+        [--scales 0.1] [overrides ...]
 
 Prints one JSON line. `ratio`: median seconds of a unit with `method=eda` over those with `method=unguided`, same
 sampler, steps, classifier-free guidance and images, in turn in one process, the first pair not counted; the
@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, required=True)
     parser.add_argument("--recipe", default="fashion_mnist_dfkd")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--images", type=int, default=200, help="whose energies are compared")
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--images", type=int, default=100, help="whose energies are compared")
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.1])
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
 
