@@ -116,7 +116,8 @@ class Sampler:
         generators: of each sample, on the CPU.
         device: of the samples.
         eta: noise of ddim, 0 (none) to 1.
-        travel_generators: of each sample, for noise of steps that are taken again; so that these leave the others'.
+        travel_generators: of each sample, for the noise of going back to take a step again; a step that draws noise
+            itself draws again from the others.
         mu: shift of the time steps of models with dynamic shifting.
         first: step that it begins with; of `ONE_STEP` samplers only, if it is not 0.
     """

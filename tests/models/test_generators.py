@@ -305,18 +305,19 @@ def test_with_a_margin_energies_fall_through_the_full_decoder_in_pairs(
     assert fall.mean() > 3 * fall.std() / 32**0.5
 
 
+@pytest.mark.parametrize(("name", "travel"), [("ddpm", 1), ("ddim", 2)])
 def test_noise_of_guided_and_unguided_samples_is_the_same(
-    generators: dict[tuple[str, str], Generator], teacher: nn.Module
+    name: str, travel: int, generators: dict[tuple[str, str], Generator], teacher: nn.Module
 ) -> None:
-    """Also where steps are taken again: they draw from a stream of their own."""
+    """Going back draws from a stream of its own; only a step that draws noise itself draws again when taken again."""
     generator = generators["sd", "epsilon"]
     states, classes = [], torch.arange(4) % NUM_CLASSES
     of_process = torch.get_rng_state()
-    for guidance in (Guidance(), GUIDED, replace(GUIDED, rule="step", travel=2)):
+    for guidance in (Guidance(), replace(GUIDED, travel=travel), replace(GUIDED, rule="step", travel=travel)):
         random = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         again = [torch.Generator().manual_seed(seed + 1) for seed in SEEDS]
         sampler = Sampler(
-            "ddpm", generator.scheduler_config, STEPS, generators=random, travel_generators=again, device=CPU
+            name, generator.scheduler_config, STEPS, generators=random, travel_generators=again, device=CPU
         )
         first = sampler.initial(generator.latent_shape, torch.float32)
         sample(
