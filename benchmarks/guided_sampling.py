@@ -32,7 +32,7 @@ from prism_ray.runs import open_run
 from prism_ray.stages.calibration import make_calibration, margins_of
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
 from prism_ray.stages.guided import GuidedSampler, Margins
-from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
+from prism_ray.stages.sampling_parts import prompts_by_class, prompts_of, sampler_for
 from prism_ray.work import RunSpec, artifact_facts
 
 
@@ -66,25 +66,18 @@ class Bench:
 
     def seconds(self, name: str, unit: Unit) -> float:
         started = time.perf_counter()
-        self.samplers[name].choose(unit, self._prompts_of(unit))
+        self.samplers[name].choose(unit, prompts_of(unit, self.prompts))
         return time.perf_counter() - started
 
     def energy(self, name: str, units: list[Unit], judge: GuidedSampler) -> float:
         """Mean energy above the margin of a method's images of units."""
         found: list[Tensor] = []
         for unit in units:
-            chosen = self.samplers[name].choose(unit, self._prompts_of(unit))
+            chosen = self.samplers[name].choose(unit, prompts_of(unit, self.prompts))
             margin = next(iter(self.margins.values()))[0] or 0.0
             energies = judge.energies(torch.from_numpy(chosen.pixels), chosen.running)
             found.append((energies - margin).clamp(min=0))
         return torch.cat(found).mean().item()
-
-    def _prompts_of(self, unit: Unit) -> list[str]:
-        by_class = self.prompts
-        return [
-            by_class[image.class_id][image.index_in_class % len(by_class[image.class_id])].prompt
-            for image in unit.images
-        ]
 
 
 def main() -> None:
@@ -106,7 +99,8 @@ def main() -> None:
     spec, units, calibration_s = prepared(configs["eda"])
     bench = Bench(spec, {**configs, **faithful})
     with deterministic(spec.config.compute.threads):
-        bench.seconds("unguided", units[0]), bench.seconds("eda", units[0])
+        for name in configs:
+            bench.seconds(name, units[0])  # not counted
         load = os.getloadavg()[0]
         timed = [{name: bench.seconds(name, units[0]) for name in configs} for _ in range(options.pairs)]
         some = units[: max(1, options.images // len(units[0].images))]

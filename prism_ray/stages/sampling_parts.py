@@ -1,14 +1,16 @@
 """What sampling needs of its process: a generator, loaded once, and the prompts of each class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from prism_ray.errors import InputError
+from prism_ray.methods.diffusion.adaptation import dealt
 from prism_ray.models.classifier import Classifier
 from prism_ray.models.generators import DTYPES, Generator, Placement, load_generator
+from prism_ray.plan import Unit
 from prism_ray.prompts.table import PromptRow, from_jsonl
 from prism_ray.stages.guided import GuidedSampler, Margins
 from prism_ray.work import PROMPTS_FILE, RunSpec
@@ -62,3 +64,21 @@ def prompts_by_class(spec: RunSpec) -> dict[int, list[PromptRow]]:
     if missing:
         raise InputError(f"{spec.prompts_dir}: has no prompt of class {missing[0]}; delete the folder and run again")
     return found
+
+
+def prompts_of(
+    unit: Unit, by_class: Mapping[int, Sequence[PromptRow]], *, wide_shares: Mapping[int, float] | None = None
+) -> list[str]:
+    """The prompt of each image of a unit.
+
+    Args:
+        by_class: prompts of each class in the order of use; they are used in turn.
+        wide_shares: by class, the share of its images with wide prompts; None where the table decides.
+    """
+    places = [(image.class_id, image.index_in_class) for image in unit.images]
+    if wide_shares is None:
+        return [by_class[c][k % len(by_class[c])].prompt for c, k in places]
+    class_ids = {c for c, _ in places}
+    plain = {c: [row for row in by_class[c] if row.is_plain] for c in class_ids}
+    wide = {c: [row for row in by_class[c] if not row.is_plain] for c in class_ids}
+    return [dealt(plain[c], wide[c], k, share=wide_shares[c]).prompt for c, k in places]

@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor
 from prism_ray.identity import images_hash
 from prism_ray.ledger import Receipt
 from prism_ray.methods.attributes import apply_attributes, draw_values
-from prism_ray.methods.diffusion.adaptation import dealt
 from prism_ray.methods.inversion.augment import crop_areas, draw_augmentations
 from prism_ray.methods.inversion.budgets import entry_iterations
 from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
@@ -24,7 +24,6 @@ from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weig
 from prism_ray.models.classifier import Classifier, read_extra
 from prism_ray.options import Engine, Reduction
 from prism_ray.plan import (
-    PlannedImage,
     Unit,
     energy_teachers,
     guided,
@@ -264,18 +263,13 @@ class _Sampling:
             strengths_of,
             wide_shares_of,
         )
-        from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
+        from prism_ray.stages.sampling_parts import prompts_by_class, prompts_of, sampler_for
 
-        self._wide_shares = wide_shares_of(spec)
-        self._prompts = {
-            class_id: ([row for row in own if row.is_plain], [row for row in own if not row.is_plain], own)
-            for class_id, own in prompts_by_class(spec).items()
-        }
+        self._prompts_of = partial(prompts_of, by_class=prompts_by_class(spec), wide_shares=wide_shares_of(spec))
         self._sampler = sampler_for(spec, teachers, device, margins=margins_of(spec), strengths=strengths_of(spec))
 
     def make(self, unit: Unit) -> Made:
-        prompts = [self._prompt_of(image) for image in unit.images]
-        chosen = self._sampler.choose(unit, prompts)
+        chosen = self._sampler.choose(unit, self._prompts_of(unit))
         running = chosen.running
         guided = max(int(running.guided.sum()), 1)
         return Made(
@@ -292,12 +286,6 @@ class _Sampling:
                 "mean_energy": sum(chosen.energies) / len(chosen.energies),
             },
         )
-
-    def _prompt_of(self, image: PlannedImage) -> str:
-        plain, wide, own = self._prompts[image.class_id]
-        if self._wide_shares is None:
-            return own[image.index_in_class % len(own)].prompt
-        return dealt(plain, wide, image.index_in_class, share=self._wide_shares[image.class_id]).prompt
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
