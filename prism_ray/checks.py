@@ -50,7 +50,8 @@ def check_source(config: Config, class_names: Sequence[str]) -> None:
     folder = found_here(source, artifacts_dir)
     if folder is None:
         return
-    check_generator(folder)
+    tiny = config.generator.tiny_decoder
+    check_generator(folder, None if tiny is None else Path(tiny))
     if takes_class_ids(folder):
         class_ids_of_generator(folder, class_names)
 

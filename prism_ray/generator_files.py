@@ -18,8 +18,11 @@ _WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "FeatureExtractor", "ImageProcesso
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def check_generator(folder: Path) -> None:
+def check_generator(folder: Path, tiny_decoder: Path | None = None) -> None:
     """Refuse a folder that is no diffusers pipeline of a known kind with whole safetensors weights.
+
+    Args:
+        tiny_decoder: folder of a small decoder that is used instead of the one in the folder, if it is.
 
     Raises:
         InputError: names what is missing, wrong or damaged.
@@ -35,7 +38,9 @@ def check_generator(folder: Path) -> None:
         if name.startswith("_") or name in _UNUSED or not _has_weights(entry):
             continue
         _check_part(folder / name, shown=f"{shown}: part {name}")
-    if (folder / TINY_DECODER).is_dir():
+    if tiny_decoder is not None:
+        _check_part(tiny_decoder, shown=f"generator.tiny_decoder {tiny_decoder}")
+    elif (folder / TINY_DECODER).is_dir():
         _check_part(folder / TINY_DECODER, shown=f"{shown}: part {TINY_DECODER}")
 
 

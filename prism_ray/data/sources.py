@@ -4,22 +4,21 @@ from collections import Counter
 from collections.abc import Callable
 
 from prism_ray.config import DatasetConfig
-from prism_ray.data.digits import Digits
+from prism_ray.data.digits import digits, mnist
 from prism_ray.data.fashion_mnist import FashionMnist
 from prism_ray.data.hf_parquet import HfParquet
 from prism_ray.data.image_folder import ImageFolder
 from prism_ray.data.imagenet_names import ImagenetNames
-from prism_ray.data.mnist import Mnist
 from prism_ray.data.records import RealSource
 from prism_ray.errors import InputError
 from prism_ray.options import Source
 
 SOURCES: dict[Source, Callable[[DatasetConfig], RealSource]] = {
-    Source.digits: Digits,
+    Source.digits: digits,
     Source.fashion_mnist: FashionMnist,
     Source.image_folder: ImageFolder,
     Source.parquet: HfParquet,
-    Source.mnist: Mnist,
+    Source.mnist: mnist,
     Source.imagenet_names: ImagenetNames,
 }
 

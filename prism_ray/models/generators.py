@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prism_ray.errors import InputError, shortened
 from prism_ray.generator_files import TINY_DECODER, check_generator
+from prism_ray.methods.diffusion.energies import in_single
 from prism_ray.methods.diffusion.sampling import Denoise
 from prism_ray.models.attention import set_attention
 from prism_ray.models.samplers import sampler_of
@@ -142,9 +143,9 @@ class Generator(ABC):
         By the tiny decoder, if there is one and `full` is not asked for.
         """
         if self._tiny is None or full:
-            return _unit(self._decode(latents)).float()
+            return in_single(_unit(self._decode(latents)))
         scaled = latents / self._tiny.config.scaling_factor
-        return _unit(self._tiny.decode(scaled, return_dict=False)[0]).float()
+        return in_single(_unit(self._tiny.decode(scaled, return_dict=False)[0]))
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decoded latents, in about [-1, 1]."""
@@ -302,7 +303,7 @@ def load_generator(
         InputError: see `generator_files.check_generator`; a size that the model can't make; an attention back end that
             doesn't work here.
     """
-    check_generator(folder)
+    check_generator(folder, tiny_decoder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     kind = KINDS[index["_class_name"]]
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and None in entry}

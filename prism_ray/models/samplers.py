@@ -76,10 +76,10 @@ def check_sampler(name: str | None, config: Mapping[str, Any], guidance: Guidanc
         )
     if name not in SAMPLERS:
         raise InputError(f"method.sampling.sampler={name!r}: is unknown; known: {', '.join(SAMPLERS)}")
-    if is_flow(config) and name not in ("flow_euler", "dpm++", "sde-dpm++"):
+    if is_flow(config) and name not in ("flow_euler", "dpm++", "sde-dpm++", "unipc"):
         raise InputError(
             f"method.sampling.sampler={name}: the model is trained by flow matching, which this sampler can't "
-            "follow; use flow_euler or dpm++"
+            "follow; use flow_euler, dpm++ or unipc"
         )
     if name == "flow_euler" and not is_flow(config):
         raise InputError(
@@ -116,8 +116,8 @@ class Sampler:
         generators: of each sample, on the CPU.
         device: of the samples.
         eta: noise of ddim, 0 (none) to 1.
-        travel_generators: of each sample, for the noise of going back to take a step again; a step that draws noise
-            itself draws again from the others.
+        travel_generators: of each sample, for the noise of going back and of the steps that are then taken again, so
+            that all others have the noise that they have without time travel.
         mu: shift of the time steps of models with dynamic shifting.
         first: step that it begins with; of `ONE_STEP` samplers only, if it is not 0.
     """
@@ -148,11 +148,8 @@ class Sampler:
         self.timesteps = self.scheduler.timesteps
         self._generators, self._travel_generators = list(generators), list(travel_generators)
         takes = inspect.signature(self.scheduler.step).parameters
-        self._options: dict[str, Any] = {}
-        if "eta" in takes:
-            self._options["eta"] = eta
-        if "generator" in takes:
-            self._options["generator"] = self._generators
+        self._options: dict[str, Any] = {"eta": eta} if "eta" in takes else {}
+        self._draws = "generator" in takes
 
     @property
     def num_steps(self) -> int:
@@ -187,9 +184,12 @@ class Sampler:
             return x
         return self.scheduler.scale_model_input(x, self.timesteps[step])
 
-    def advance(self, step: int, output: Tensor, x: Tensor) -> Tensor:
-        """The next sample."""
-        following = self.scheduler.step(output, self.timesteps[step], x, **self._options, return_dict=False)[0]
+    def advance(self, step: int, output: Tensor, x: Tensor, *, again: bool = False) -> Tensor:
+        """The next sample; `again` says that the step was taken before and gone back from."""
+        options = dict(self._options)
+        if self._draws:
+            options["generator"] = self._travel_generators if again else self._generators
+        following = self.scheduler.step(output, self.timesteps[step], x, **options, return_dict=False)[0]
         return following.to(x.dtype)
 
     def go_back(self, step: int, x: Tensor) -> Tensor:

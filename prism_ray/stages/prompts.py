@@ -97,4 +97,4 @@ def _counter(generator_dir: Path) -> Callable[[str], int]:
     if not folder.is_dir():
         return count_words  # it takes class ids
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return lambda text: len(tokenizer(text).input_ids)
+    return lambda text: len(tokenizer(text, verbose=False).input_ids)  # else it warns of those still to be cut

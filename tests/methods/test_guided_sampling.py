@@ -23,6 +23,7 @@ class Ddim:
 
     def __init__(self) -> None:
         self.taken: list[int] = []
+        self.again: list[bool] = []
         self.back: list[int] = []
 
     def level(self, step: int) -> Level:
@@ -31,8 +32,9 @@ class Ddim:
     def model_input(self, step: int, x: Tensor) -> Tensor:
         return x
 
-    def advance(self, step: int, output: Tensor, x: Tensor) -> Tensor:
+    def advance(self, step: int, output: Tensor, x: Tensor, *, again: bool = False) -> Tensor:
         self.taken.append(step)
+        self.again.append(again)
         after = ALPHAS[step + 1] if step + 1 < STEPS else 1.0
         return math.sqrt(after) * self.level(step).clean(x, output) + math.sqrt(1 - after) * output
 
@@ -183,9 +185,9 @@ def test_the_reference_is_what_classifier_free_guidance_adds() -> None:
     moved: list[Tensor] = []
 
     class Watched(Ddim):
-        def advance(self, step: int, output: Tensor, x: Tensor) -> Tensor:
+        def advance(self, step: int, output: Tensor, x: Tensor, *, again: bool = False) -> Tensor:
             moved.append(self.level(step).clean(x, output))
-            return super().advance(step, output, x)
+            return super().advance(step, output, x, again=again)
 
     guidance = Guidance(scale=1.0, end=0.1)
     sample(start(), denoise=Denoiser(), steps=Watched(), cfg=Cfg(2.0), guidance=guidance, energy=towards(30.0))
@@ -215,6 +217,7 @@ def test_time_travel_takes_the_steps_of_its_window_again() -> None:
     guidance = replace(FULL, rule="step", travel=3, travel_start=0.4, travel_end=0.6)
     sample(start(), denoise=Denoiser(), steps=steps, cfg=Cfg(), guidance=guidance, energy=towards(3.0))
     assert steps.taken == [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 6, 7, 8, 9]
+    assert [step for step, again in zip(steps.taken, steps.again, strict=True) if again] == [4, 4, 5, 5]
     assert steps.back == [4, 4, 5, 5]
 
 

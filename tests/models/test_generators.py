@@ -1,11 +1,13 @@
 """Generators and samplers on twins of the real pipelines, offline: equal to diffusers unguided, steered when guided."""
 
+import copy
 import json
 import logging
 import shutil
 import socket
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,16 +36,14 @@ CELLS = [
     for prediction in (("flow_prediction",) if kind == "sd3" else VP_PREDICTIONS)
     for name in SAMPLERS
 ]
-NOT_OF_FLOWS = ("ddim", "ddpm", "unipc", "euler", "euler_ancestral")
+NOT_OF_FLOWS = ("ddim", "ddpm", "euler", "euler_ancestral")
 REFUSED = {
     **{("sd3", "flow_prediction", name): "flow matching" for name in NOT_OF_FLOWS},
     **{(kind, p, "flow_euler"): "not trained by flow" for kind in TWINS if kind != "sd3" for p in VP_PREDICTIONS},
     **{(kind, "sample", "euler_ancestral"): "predicts clean samples" for kind in TWINS if kind != "sd3"},
 }
 """Cells that are refused, with a word of the reason; all others must work."""
-REFUSED_KEEPING_NOISE = {
-    (kind, p, "unipc"): "its corrector rebuilds" for kind in TWINS if kind != "sd3" for p in VP_PREDICTIONS
-}
+REFUSED_KEEPING_NOISE = {(kind, p, name): "its corrector rebuilds" for kind, p, name in CELLS if name == "unipc"}
 WITHOUT_REFERENCE = {
     ("sd3", "sde-dpm++"),
     *(("dit", name) for name in SAMPLERS if name not in ("ddim", "dpm++", "unipc")),
@@ -305,11 +305,13 @@ def test_with_a_margin_energies_fall_through_the_full_decoder_in_pairs(
     assert fall.mean() > 3 * fall.std() / 32**0.5
 
 
-@pytest.mark.parametrize(("name", "travel"), [("ddpm", 1), ("ddim", 2)])
+@pytest.mark.parametrize(
+    ("name", "eta", "travel"), [("ddpm", 0.0, 1), ("ddim", 0.0, 2), ("ddim", 1.0, 3), ("ddpm", 0.0, 3)]
+)
 def test_noise_of_guided_and_unguided_samples_is_the_same(
-    name: str, travel: int, generators: dict[tuple[str, str], Generator], teacher: nn.Module
+    name: str, eta: float, travel: int, generators: dict[tuple[str, str], Generator], teacher: nn.Module
 ) -> None:
-    """Going back draws from a stream of its own; only a step that draws noise itself draws again when taken again."""
+    """Going back and the steps taken again draw from a stream of their own."""
     generator = generators["sd", "epsilon"]
     states, classes = [], torch.arange(4) % NUM_CLASSES
     of_process = torch.get_rng_state()
@@ -317,7 +319,7 @@ def test_noise_of_guided_and_unguided_samples_is_the_same(
         random = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         again = [torch.Generator().manual_seed(seed + 1) for seed in SEEDS]
         sampler = Sampler(
-            name, generator.scheduler_config, STEPS, generators=random, travel_generators=again, device=CPU
+            name, generator.scheduler_config, STEPS, generators=random, travel_generators=again, device=CPU, eta=eta
         )
         first = sampler.initial(generator.latent_shape, torch.float32)
         sample(
@@ -364,6 +366,108 @@ def test_nothing_that_guides_is_changed_by_guiding(
         assert not part.training
         assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items())
         assert all(parameter.grad is None for parameter in part.parameters())
+
+
+def saved_bytes(run_it: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for backward passes while something runs."""
+    total = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_it()
+    return total
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_the_shortcut_keeps_no_activation_of_the_network(
+    kind: str, generators: dict[tuple[str, str], Generator], teacher: nn.Module
+) -> None:
+    generator = next(g for (k, _), g in generators.items() if k == kind)
+    name = "flow_euler" if kind == "sd3" else "ddim"
+    has_graph = []
+    handle = generator.network.register_forward_hook(lambda m, args, output: has_graph.append(output[0].requires_grad))
+    classes = torch.arange(4) % NUM_CLASSES
+
+    def guided(rule: str) -> int:
+        has_graph.clear()
+        guidance = replace(GUIDED, rule=rule)
+        return saved_bytes(lambda: run(generator, name, cfg=Cfg(2.0), guidance=guidance, teacher=teacher))
+
+    def decoder_and_teacher() -> Tensor:
+        latents = torch.zeros(4, *generator.latent_shape, requires_grad=True)
+        return guidance_loss(generator.decode_for_guidance(latents), classes, [Guide(teacher)])
+
+    try:
+        shortcut = guided("clean")
+        assert has_graph == [False] * STEPS
+        through = guided("noise")
+        assert has_graph == [True] * STEPS
+    finally:
+        handle.remove()
+    alone = STEPS * saved_bytes(decoder_and_teacher)
+    assert shortcut <= 1.01 * alone, "nothing but decoder and teacher is kept, and the four losses"
+    assert through > 1.3 * shortcut, "which the meter would show"
+
+
+@pytest.mark.parametrize("rule", ["clean", "noise", "step"])
+@pytest.mark.parametrize("kind", TWINS)
+def test_a_teacher_that_answers_nan_is_skipped_and_counted_and_the_sample_stays_finite(
+    kind: str, rule: str, generators: dict[tuple[str, str], Generator], teacher: nn.Module
+) -> None:
+    generator = next(g for (k, _), g in generators.items() if k == kind)
+    name = "flow_euler" if kind == "sd3" else "ddim"
+
+    class Broken(nn.Module):
+        """Has no answer for the second image."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return teacher(images) * torch.tensor([1.0, torch.nan, 1.0, 1.0])[:, None]
+
+    guidance = replace(GUIDED, rule=rule)
+    plain, _ = run(generator, name)
+    whole, _ = run(generator, name, guidance=guidance, teacher=teacher)
+    broken, record = run(generator, name, guidance=guidance, teacher=Broken())
+    assert record.skipped.tolist() == [0, STEPS, 0, 0]
+    assert broken.isfinite().all()
+    assert torch.equal(broken[1], plain[1])
+    assert torch.equal(broken[[0, 2, 3]], whole[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full decoder", "tiny decoder"])
+@pytest.mark.parametrize("kind", TWINS)
+def test_the_gradient_through_decoder_and_teacher_matches_finite_differences(
+    kind: str, full: bool, twins: dict[tuple[str, str], Path], teacher: nn.Module
+) -> None:
+    folder = next(f for (k, _), f in twins.items() if k == kind)
+    generator = load_generator(folder, placement=Placement(CPU, dtype=torch.float64), image_size=8)
+    exact = copy.deepcopy(teacher).double()
+    classes = torch.tensor([0, 3])
+    latents = torch.randn(
+        2, *generator.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    for temperature, class_weight in ((0.5, 0.0), (1.0, 1.0), (4.0, 0.0)):
+
+        def energy(z: Tensor, t: float = temperature, weight: float = class_weight) -> Tensor:
+            images = generator.decode_for_guidance(z, full=full)
+            return guidance_loss(images, classes, [Guide(exact)], temperature=t, class_weight=weight)
+
+        assert energy(latents).dtype == torch.float64
+        assert torch.autograd.gradcheck(energy, latents)
+
+
+def test_guidance_decodes_latents_scaled_and_shifted_as_the_model_was_trained(
+    generators: dict[tuple[str, str], Generator],
+) -> None:
+    for kind, generator in {k: g for (k, _), g in generators.items()}.items():
+        vae = generator._pipe.vae
+        latents = torch.randn(1, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
+        shift = 0.06 if kind == "sd3" else 0.0
+        expected = vae.decode(latents / 0.6 + shift, return_dict=False)[0] * 0.5 + 0.5
+        torch.testing.assert_close(generator.decode_for_guidance(latents, full=True), expected)
 
 
 def test_a_prompt_is_encoded_once_and_as_the_pipeline_encodes_it(generators: dict[tuple[str, str], Generator]) -> None:
@@ -459,6 +563,41 @@ def broken(folder: Path, fault: str) -> Path:
     elif fault == "shards":
         (unet / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
     return folder
+
+
+PARTS = [
+    *((kind, part) for kind in ("sd", "sdxl") for part in ("unet", "vae", "text_encoder")),
+    ("sdxl", "text_encoder_2"),
+    *(("sd3", part) for part in ("transformer", "vae", "text_encoder", "text_encoder_2")),
+    *(("dit", part) for part in ("transformer", "vae")),
+    *((kind, "tiny_decoder") for kind in TWINS),
+]
+
+
+@pytest.mark.parametrize(("kind", "part"), PARTS)
+def test_a_part_that_is_a_pickle_is_refused_by_its_name(
+    kind: str, part: str, twins: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(next(f for (k, _), f in twins.items() if k == kind), tmp_path / "twin")
+    for weights in (folder / part).glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match=rf"part {part}: holds only pickles .*expected \*\.safetensors"):
+        load_generator(folder, placement=Placement(CPU))
+
+
+def test_the_parts_above_are_all_that_have_weights(twins: dict[tuple[str, str], Path]) -> None:
+    held = {(k, path.parent.name) for (k, _), folder in twins.items() for path in folder.glob("*/*.safetensors")}
+    assert held == set(PARTS)
+
+
+def test_a_tiny_decoder_from_elsewhere_that_is_a_pickle_is_refused(
+    twins: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(twins["sd", "epsilon"] / "tiny_decoder", tmp_path / "tiny")
+    for weights in elsewhere.glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match=r"tiny_decoder .*: holds only pickles"):
+        load_generator(twins["sd", "epsilon"], placement=Placement(CPU), tiny_decoder=elsewhere)
 
 
 @pytest.mark.parametrize(

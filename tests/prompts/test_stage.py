@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 from pipelines import save_twin
+from transformers import CLIPTokenizer
 
 from prism_ray.config import PromptsConfig
+from prism_ray.data.imagenet_names import class_names
 from prism_ray.data.publish import MARKER
 from prism_ray.errors import InputError
 from prism_ray.generation import class_ids_of_generator
 from prism_ray.generator_files import takes_class_ids
+from prism_ray.models.small_world import build_tokenizer
 from prism_ray.options import BackEnd
+from prism_ray.prompts.content import PHOTO_AXES, STYLES
 from prism_ray.prompts.table import PromptRow, from_jsonl
 from prism_ray.stages.prompts import make_prompts
 from prism_ray.work import PROMPTS_FILE, PromptsItem
@@ -88,6 +92,24 @@ def test_a_table_that_is_lost_is_written_again_without_asking_again(
     Path(wanted.folder).rmdir()
     assert made(wanted) == first
     assert len(asked) == questions
+
+
+def test_prompts_of_all_of_imagenet_fit_a_clip_tokenizer_and_nothing_is_cut_off(tmp_path: Path) -> None:
+    """One that knows the words of contents and styles and spells others, so that it counts more than CLIP's would."""
+    folder = save_twin("sd", tmp_path / "sd")
+    texts = [*STYLES, "a photo of an", *(value for values in PHOTO_AXES.values() for value in values)]
+    build_tokenizer(texts, max_length=77).save_pretrained(folder / "tokenizer")
+    rows = made(item(tmp_path, PromptsConfig(per_class=2), names=tuple(class_names())))
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+    assert len(tokenizer("coucal").input_ids) > 2 + 3, "spelled"
+    whole, cut = (
+        tokenizer([row.prompt for row in rows], truncation=truncation, max_length=77).input_ids
+        for truncation in (False, True)
+    )
+    assert len(rows) == 2000
+    assert cut == whole
+    assert 55 < max(map(len, whole)) <= PromptsConfig().max_tokens
+    assert all(row.phrase in row.prompt for row in rows)
 
 
 def test_a_local_model_that_is_none_is_refused(tmp_path: Path) -> None:

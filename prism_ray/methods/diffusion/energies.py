@@ -74,7 +74,7 @@ def guidance_loss(
     terms = [
         hinge(
             teacher_energy(
-                guide.teacher(images).float(), class_ids, temperature=temperature, class_weight=class_weight
+                in_single(guide.teacher(images)), class_ids, temperature=temperature, class_weight=class_weight
             ),
             guide.margin,
         )
@@ -82,6 +82,11 @@ def guidance_loss(
         for guide in guides
     ]
     return torch.stack(terms).mean(dim=0)
+
+
+def in_single(values: Tensor) -> Tensor:
+    """Values in single precision, or better if they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def margin_of(energies: Tensor, predicted: Tensor, class_ids: Tensor, *, quantile: float = 0.5) -> tuple[float, float]:

@@ -23,7 +23,7 @@ class Steps(Protocol):
     def num_steps(self) -> int: ...
     def level(self, step: int) -> Level: ...
     def model_input(self, step: int, x: Tensor) -> Tensor: ...
-    def advance(self, step: int, output: Tensor, x: Tensor) -> Tensor: ...
+    def advance(self, step: int, output: Tensor, x: Tensor, *, again: bool = False) -> Tensor: ...
     def go_back(self, step: int, x: Tensor) -> Tensor: ...
 
 
@@ -97,12 +97,14 @@ def sample(
         repeats = guidance.repeats(step, num)
         for repeat in range(repeats):
             if energy is not None and guidance.is_guided(step, num):
-                following = _guided_step(step, x, denoise, steps, cfg, guidance, energy, record, strengths)
+                following = _guided_step(
+                    step, x, denoise, steps, cfg, guidance, energy, record, strengths, again=repeat > 0
+                )
             else:
                 with torch.no_grad():
                     output, _, _ = _predict(step, x, denoise, steps, cfg)
                     record.clean = steps.level(step).clean(x, output)
-                    following = steps.advance(step, output, x)
+                    following = steps.advance(step, output, x, again=repeat > 0)
             x = steps.go_back(step, following) if repeat < repeats - 1 else following
     return x, record
 
@@ -126,6 +128,8 @@ def _guided_step(
     energy: Energy,
     record: Record,
     strengths: Tensor | None,
+    *,
+    again: bool,
 ) -> Tensor:
     """One step with energy guidance."""
     level = steps.level(step)
@@ -151,13 +155,13 @@ def _guided_step(
     record.loss.copy_(loss)
     with torch.no_grad():
         if guidance.rule == "step":
-            return steps.advance(step, output, x) + shift
+            return steps.advance(step, output, x, again=again) + shift
         if guidance.rule == "noise":
             # The output changes by -shift (raw: also times the noise, as published), which is this much in x0.
             shift = shift * abs(level.coefficients[1]) * (level.noise if guidance.sizing == "raw" else 1.0)
         form = FORMS["rederive_noise" if guidance.rule == "noise" else guidance.form]
         x, output = form(level, x, output, shift)
-        return steps.advance(step, output, x)
+        return steps.advance(step, output, x, again=again)
 
 
 def _reference(
