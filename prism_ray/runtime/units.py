@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import PrismError, one_line
 from prism_ray.ledger import Outcome
+from prism_ray.runtime.metrics import UnitMetrics
 from prism_ray.runtime.session import fitting
 from prism_ray.stages.worker import Worker
 from prism_ray.work import Chain, RunSpec, UnitRef
@@ -71,7 +72,8 @@ class _Actor:
     def __init__(self, specs: list[RunSpec]) -> None:
         self._nodes: tuple[float, set[str]] = (0.0, set())
         node = ray.get_runtime_context().get_node_id()
-        self._worker = Worker(specs, node=node, live_nodes=self._live_nodes)
+        observe = UnitMetrics(specs).record
+        self._worker = Worker(specs, node=node, live_nodes=self._live_nodes, observe=observe)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         (row,) = batch["chain"]

@@ -1,5 +1,6 @@
 """What an executor runs: one object per worker process that does any unit of any stage of the runs it was told of."""
 
+import time
 from collections.abc import Callable, Collection, Sequence
 
 from prism_ray.ledger import Attempt, Outcome, run_unit
@@ -16,10 +17,18 @@ class Worker:
         specs: the runs.
         node: name of this worker's node.
         live_nodes: names of the nodes that are alive now.
+        observe: told of every unit as it ends, with its seconds.
     """
 
-    def __init__(self, specs: Sequence[RunSpec], *, node: str, live_nodes: Callable[[], Collection[str]]) -> None:
-        self._specs, self._node, self._live_nodes = specs, node, live_nodes
+    def __init__(
+        self,
+        specs: Sequence[RunSpec],
+        *,
+        node: str,
+        live_nodes: Callable[[], Collection[str]],
+        observe: Callable[[UnitRef, Outcome, float], None] = lambda ref, outcome, seconds: None,
+    ) -> None:
+        self._specs, self._node, self._live_nodes, self._observe = specs, node, live_nodes, observe
         self._plans: dict[int, list[Unit]] = {}
         self._synthesizers: dict[int, Synthesizer] = {}
         self._relabelers: dict[int, Relabeler] = {}
@@ -28,8 +37,11 @@ class Worker:
         """Make the units of a chain until one of them is not done; nothing raises for a unit's own fault."""
         outcomes: list[tuple[UnitRef, Outcome]] = []
         for ref in chain:
-            outcomes.append((ref, self._make(ref)))
-            if outcomes[-1][1].status != "done":
+            started = time.monotonic()
+            outcome = self._make(ref)
+            self._observe(ref, outcome, time.monotonic() - started)
+            outcomes.append((ref, outcome))
+            if outcome.status != "done":
                 break
         return outcomes
 
