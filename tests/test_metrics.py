@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-START_S, RUN_S = 120, 280
+START_S, RUN_S = 180, 300
 
 
 def free_ports(count: int) -> list[int]:
@@ -68,8 +69,13 @@ def head(folder: Path, environment: dict[str, str]) -> Iterator[tuple[int, int]]
 
 @pytest.mark.slow
 @pytest.mark.timeout(START_S + RUN_S + 100)
-def test_a_run_on_a_cluster_counts_its_units_images_and_seconds(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("m")
+def test_a_run_on_a_cluster_counts_its_units_images_and_seconds(
+    pristine_storage: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("m")  # short, for Ray's sockets
+    for kind in ("datasets", "teachers", "statistics", "starts"):
+        if (pristine_storage / "artifacts" / kind).is_dir():
+            shutil.copytree(pristine_storage / "artifacts" / kind, folder / "outputs/artifacts" / kind)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # Actors report every ten seconds otherwise, which is longer than they live here.
     quick = {"RAY_metrics_report_interval_ms": "500", "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "120"}
@@ -77,7 +83,7 @@ def test_a_run_on_a_cluster_counts_its_units_images_and_seconds(tmp_path_factory
     found: dict[str, float] = {}
     with head(folder, environment) as (gcs, metrics):
         settings = ["recipe=digits_smoke", f"storage={folder / 'outputs'}", f"compute.address=127.0.0.1:{gcs}"]
-        settings += ["compute.actors=1", "stages=[prepare,teach,synthesize,relabel,distill]"]
+        settings += ["compute.actors=1", "stages=[prepare,teach,synthesize,relabel]"]
         with (folder / "run.log").open("w") as log:
             command = [sys.executable, "-m", "prism_ray", "run", *settings]
             run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
