@@ -59,6 +59,7 @@ Check = tuple[Callable[[Any], bool], str]
 
 at_least_one: Check = (lambda v: v >= 1, "an integer of at least 1")
 not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "a finite number of at least 0")
+up_to_a_year: Check = (lambda v: 0 < v <= 3.2e7, "a number above 0, at most 3.2e7 (a year)")
 positive: Check = (lambda v: math.isfinite(v) and v > 0, "a finite number above 0")
 fraction: Check = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
 below_one: Check = (lambda v: 0 <= v < 1, "a number from 0 to below 1")
@@ -529,8 +530,9 @@ class ComputeConfig:
     max_attempts: int = setting(3, doc="tries of a unit before it is quarantined", check=at_least_one, output=False)
     unit_timeout_s: float = setting(
         3600.0,
-        doc="on Ray: without any unit made and labelled for this long, the run fails",
-        check=positive,
+        doc="longest try of a unit, loading its models included; then its process is ended and the try has failed, on "
+        "Ray the unit is tried again at once, inline when the command is run again",
+        check=up_to_a_year,
         output=False,
     )
     effective_tflops: float = setting(

@@ -7,6 +7,7 @@ driver's epoch and the node, and count as an attempt only while that driver and 
 
 import io
 import json
+import sys
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prism_ray.deadline import ended_after
 from prism_ray.errors import Drained, Fenced, InputError, PrismError, one_line
 from prism_ray.lock import check_epoch
 from prism_ray.schema import table_bytes
@@ -139,10 +141,10 @@ class Ledger:
         self.store.put(key, to_json({"epoch": epoch, "node": node, "error": None}))
         return key
 
-    def fail_attempt(self, key: str, error: BaseException) -> None:
-        """Turn a start marker into a failure with its reason."""
+    def fail_attempt(self, key: str, error: BaseException, *, stack: str = "") -> None:
+        """Turn a start marker into a failure with its reason; `stack` says where, if the error itself does not."""
         marker = json.loads(self.store.read(key))
-        text = "".join(traceback.format_exception(error))
+        text = stack or "".join(traceback.format_exception(error))
         self.store.put(key, to_json({**marker, "error": _reason(error), "traceback": text[-8000:]}))
 
     def failed_attempts(self, stage: str, name: str, *, epoch: int, live_nodes: Collection[str]) -> list[str]:
@@ -262,12 +264,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who tries a unit: the driver's epoch, this node, the nodes that are alive, and how often it may fail."""
+    """Who tries a unit: the driver's epoch, this node, the nodes that are alive; how often and how long it may try."""
 
     epoch: int
     node: str
     live_nodes: Callable[[], Collection[str]]
     max_attempts: int
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,8 @@ def run_unit(
 ) -> Outcome:
     """One unit from plan to receipt: counted attempts, published once, or quarantined with its reason.
 
+    An attempt that takes longer than it may ends this process; it counts, wherever the unit is tried next.
+
     Args:
         receipt: names the unit; `compute` returns it filled in, with the table to publish.
     """
@@ -302,18 +307,30 @@ def run_unit(
             return Outcome("quarantined", name, reasons[-1])
         try:
             marker = ledger.start_attempt(stage, name, epoch=attempt.epoch, node=attempt.node)
-            try:
-                table, filled = compute()
-            except Exception as error:
-                if isinstance(error, InputError | Drained | Fenced):
-                    raise
-                ledger.fail_attempt(marker, error)
-                continue
-            published = ledger.publish(table, filled, epoch=attempt.epoch)
-            ledger.clear_attempts(stage, name)
+            with ended_after(attempt.timeout_s, _too_long(ledger, marker, name, attempt.timeout_s)):
+                try:
+                    table, filled = compute()
+                except Exception as error:
+                    if isinstance(error, InputError | Drained | Fenced):
+                        raise
+                    ledger.fail_attempt(marker, error)
+                    continue
+                published = ledger.publish(table, filled, epoch=attempt.epoch)
+                ledger.clear_attempts(stage, name)
             return Outcome("done", name, images=published.rows)
         except PrismError as error:
             return Outcome("aborted", name, one_line(error), exit_code=int(error.exit_code))
+
+
+def _too_long(ledger: Ledger, marker: str, name: str, seconds: float) -> Callable[[str], None]:
+    """What is done before the process of an attempt that takes too long ends: its end gets a reason."""
+
+    def record(stack: str) -> None:
+        error = TimeoutError(f"took longer than compute.unit_timeout_s={seconds:g}; raise it if such units need longer")
+        print(f"prism-ray: {name}: {error}; run the same command to continue", file=sys.stderr, flush=True)
+        ledger.fail_attempt(marker, error, stack=stack)
+
+    return record
 
 
 def _check_footer(path: Path, table: pa.Table) -> None:

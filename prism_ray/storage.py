@@ -28,6 +28,9 @@ ABANDONED_AFTER_S = 3600.0
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links answer (exFAT, some FUSE mounts)."""
 
+FAILING_DISK = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EFBIG)
+"""What disks and network mounts answer that fail, were replaced, or hold no larger files."""
+
 
 class StorageError(PrismError):
     """Storage refused a write: nothing was published, and the run continues once there is room."""
@@ -162,7 +165,7 @@ class LocalStore:
 
 @contextmanager
 def storage_errors(path: Path, *, setting: str = "storage") -> Iterator[None]:
-    """Turn 'no space' and 'not permitted' into one line with the path, the free bytes and the way out.
+    """Turn 'no space', 'not permitted' and a failing disk into one line with the path, the free bytes and the way out.
 
     `setting` chooses the folder that is written.
     """
@@ -177,6 +180,8 @@ def storage_errors(path: Path, *, setting: str = "storage") -> Iterator[None]:
             raise InputError(f"{path}: not writable; choose another {setting}=... or change its permissions") from error
         if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
             raise InputError(f"{path}: {error.strerror}; choose another {setting}=...") from error
+        if error.errno in FAILING_DISK:
+            raise StorageError(f"{path}: {error.strerror}; check the disk and run the same command again") from error
         raise
 
 

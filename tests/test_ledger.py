@@ -38,7 +38,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def attempt(epoch: int = 1, node: str = "here", alive: tuple[str, ...] = ("here",), max_attempts: int = 3) -> Attempt:
-    return Attempt(epoch, node, lambda: alive, max_attempts)
+    return Attempt(epoch, node, lambda: alive, max_attempts, timeout_s=60.0)
 
 
 # Publishing

@@ -126,6 +126,23 @@ def test_a_full_disk_is_one_line_with_path_and_free_bytes_and_leaves_the_old_obj
     assert everything_in(store) == ["images/a"]
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_failing_disk_is_one_line_and_leaves_the_old_object(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    store.put("images/a", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="check the disk and run the same command again"):
+        store.put("images/a", b"new")
+    monkeypatch.undo()
+    assert store.read("images/a") == b"old"
+    assert everything_in(store) == ["images/a"]
+
+
 def test_a_full_disk_publishes_nothing_new(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

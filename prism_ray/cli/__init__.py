@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return ExitCode.done
     try:
+        _check_text(arguments)
         return int(_run_verb(arguments[0], arguments[1:]))
     except PrismError as error:
         print(f"prism-ray: {one_line(error)}", file=sys.stderr)
@@ -39,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.failure
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Refuse paths that Python could not decode: readers of parquet and JSON take text."""
+    for text in (*arguments, os.getcwd()):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(
+                f"{text!a}: no text in this locale ({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or LC_ALL to "
+                "a UTF-8 locale such as C.UTF-8"
+            )
 
 
 def _run_verb(verb: str, overrides: list[str]) -> ExitCode:

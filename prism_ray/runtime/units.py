@@ -21,6 +21,9 @@ from prism_ray.work import Chain, RunSpec, UnitRef
 
 NODE_CACHE_S = 5.0
 
+RESTART_S = 120.0
+"""A process that ended starts again within this time, Ray and models included."""
+
 
 def run_units(
     compute: ComputeConfig, specs: Sequence[RunSpec], chains: Sequence[Chain]
@@ -39,10 +42,13 @@ def run_units(
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
     )
-    # The guard counts moving blocks only, so a unit longer than its default of 30 minutes would end the run.
+    # The guard counts moving blocks only, so a unit longer than its default of 30 minutes would end the run. Units end
+    # themselves in time; this is for actors that never start, and long enough for one that fails as often as it may.
     context = ray.data.DataContext.get_current()
     context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = compute.unit_timeout_s
+    tries = compute.max_attempts * max(len(chain) for chain in chains)
+    no_progress_s = tries * (compute.unit_timeout_s + RESTART_S)
+    context.execution_no_progress_timeout_s = no_progress_s
     rows = [{"chain": json.dumps([asdict(ref) for ref in chain])} for chain in chains]
     # Items are blocks of the driver: unlike a read, they need no task and so no CPU beside the pool.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -59,8 +65,8 @@ def run_units(
                 yield UnitRef(**ref), Outcome(**outcome)
     except ExecutionTimeoutError as error:
         raise PrismError(
-            f"no unit was finished within compute.unit_timeout_s={compute.unit_timeout_s:g}; raise it if units take "
-            "longer, look for a hanging actor if they do not, and run the same command to continue"
+            f"no unit ended within {no_progress_s:.0f} s, although compute.unit_timeout_s={compute.unit_timeout_s:g}; "
+            "look for actors that wait for CPUs or GPUs, and run the same command to continue"
         ) from error
     except RayError as error:
         raise PrismError(f"Ray ended the run: {one_line(error)[:300]}; run the same command to continue") from error

@@ -207,6 +207,10 @@ class Synthesizer:
         return scales
 
     def _table(self, unit: Unit, made: Made) -> pa.Table:
+        side = self.dataset.image_size
+        expected = (len(unit.images), self.dataset.channels, side, side)
+        if made.pixels.shape != expected or made.pixels.dtype != np.uint8:
+            raise ValueError(f"pixels are {made.pixels.dtype} {made.pixels.shape}, expected uint8 {expected}")
         class_ids = [image.class_id for image in unit.images]
         verdict, confidence = self._verify(made.pixels, class_ids)
         inverted = self.config.method.engine is Engine.inversion

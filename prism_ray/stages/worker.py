@@ -3,11 +3,16 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from prism_ray.ledger import Attempt, Outcome, run_unit
+import pyarrow as pa
+
+from prism_ray.ledger import Attempt, Outcome, Receipt, run_unit
 from prism_ray.plan import Unit
+from prism_ray.schema import IMAGE_COLUMNS, LABEL_COLUMNS
 from prism_ray.stages.relabel import Relabeler
 from prism_ray.stages.synthesize import Synthesizer
 from prism_ray.work import SYNTHESIZE, Chain, RunSpec, UnitRef, image_receipt, label_receipt
+
+Columns = Sequence[tuple[str, pa.DataType]]
 
 
 class Worker:
@@ -49,14 +54,25 @@ class Worker:
         """One unit, from plan to receipt."""
         spec = self._specs[ref.run]
         ledger = spec.ledger()
-        attempt = Attempt(spec.epoch, self._node, self._live_nodes, spec.config.compute.max_attempts)
+        compute = spec.config.compute
+        attempt = Attempt(spec.epoch, self._node, self._live_nodes, compute.max_attempts, compute.unit_timeout_s)
         unit = self._plan(ref.run)[ref.unit]
         if ref.stage == SYNTHESIZE:
-            return run_unit(ledger, image_receipt(unit), lambda: self._synthesizer(ref.run).compute(unit), attempt)
+            return run_unit(
+                ledger,
+                image_receipt(unit),
+                lambda: _checked(unit, self._synthesizer(ref.run).compute(unit), IMAGE_COLUMNS),
+                attempt,
+            )
         images = ledger.receipt(SYNTHESIZE, unit.name)
         assert images is not None, f"unit {unit.name} is labelled before its images exist"
         receipt = label_receipt(unit, images)
-        return run_unit(ledger, receipt, lambda: self._relabeler(ref.run).compute(unit, receipt), attempt)
+        return run_unit(
+            ledger,
+            receipt,
+            lambda: _checked(unit, self._relabeler(ref.run).compute(unit, receipt), LABEL_COLUMNS),
+            attempt,
+        )
 
     def _plan(self, run: int) -> list[Unit]:
         if run not in self._plans:
@@ -72,3 +88,19 @@ class Worker:
         if run not in self._relabelers:
             self._relabelers[run] = Relabeler(self._specs[run])
         return self._relabelers[run]
+
+
+def _checked(unit: Unit, made: tuple[pa.Table, Receipt], columns: Columns) -> tuple[pa.Table, Receipt]:
+    """A unit's table as it came, if it holds the planned images and the columns of its kind."""
+    table, planned = made[0], [image.image_id for image in unit.images]
+    expected = [name for name, _ in columns]
+    if table.column_names != expected:
+        raise ValueError(f"the unit's table has columns {table.column_names}, expected {expected}")
+    found = table["image_id"].to_pylist()
+    if found != planned:
+        raise ValueError(f"the unit's table holds images {_few(found)}, planned were {_few(planned)}")
+    return made
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)})"
