@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from prism_ray.artifacts import local_folder
 from prism_ray.config import ComputeConfig, Config, TeacherConfig
 from prism_ray.data.prepared import check_dataset
 from prism_ray.data.records import class_ids_of
@@ -13,8 +14,8 @@ from prism_ray.generator_files import check_generator, takes_class_ids
 from prism_ray.options import Executor
 from prism_ray.plan import check_size, needs_generator, used_teachers
 from prism_ray.runtime.session import check_fits, local_resources, preflight
-from prism_ray.staging import check_elsewhere, found_here
-from prism_ray.storage import open_store
+from prism_ray.staging import DESCRIPTION, check_elsewhere, found_here
+from prism_ray.storage import is_remote, open_store
 from prism_ray.weights import check_architecture, check_weights_file, find_lite, find_weights, is_folder
 
 
@@ -45,14 +46,15 @@ def check_source(config: Config, class_names: Sequence[str]) -> None:
     source = config.generator.source
     if not needs_generator(config) or source in (None, TRAIN):
         return
-    artifacts_dir = open_store(config.storage).path("artifacts")
+    artifacts_dir = open_store(config.storage).url_of("artifacts")
     check_elsewhere(source, artifacts_dir)
     folder = found_here(source, artifacts_dir)
     if folder is None:
         return
-    tiny = config.generator.tiny_decoder
-    check_generator(folder, None if tiny is None else Path(tiny))
-    if takes_class_ids(folder):
+    if not is_remote(folder):
+        tiny = config.generator.tiny_decoder
+        check_generator(Path(folder), None if tiny is None else Path(tiny))
+    if takes_class_ids(local_folder(folder, only=DESCRIPTION)):
         class_ids_of_generator(folder, class_names)
 
 

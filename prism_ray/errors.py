@@ -29,6 +29,10 @@ class InputError(PrismError):
     exit_code = ExitCode.bad_input
 
 
+class StorageError(PrismError):
+    """Storage refused a write: nothing was published, and the run continues once it takes one."""
+
+
 class Drained(PrismError):
     """The run was asked to stop and did so between two units of work."""
 

@@ -1,23 +1,23 @@
 """What sampling from a generator is made of: where its artifacts belong, and what they are made from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from prism_ray.artifacts import LISTING, MARKER, join, listing_of, local_folder, sha256_in
 from prism_ray.config import Config, WorldConfig
 from prism_ray.data.imagenet_names import class_names as imagenet_names
 from prism_ray.data.imagenet_names import synsets
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import MARKER
 from prism_ray.errors import InputError
-from prism_ray.generator_files import check_generator, takes_class_ids
+from prism_ray.generator_files import takes_class_ids
 from prism_ray.identity import content_hash, plain, walk
 from prism_ray.plan import energy_teachers, needs_calibration
 from prism_ray.prompts.names import class_phrases
-from prism_ray.staging import is_elsewhere, staged
-from prism_ray.storage import sha256_of_file
+from prism_ray.staging import DESCRIPTION, staged
+from prism_ray.storage import is_remote, sha256_of_file
 from prism_ray.work import (
     PROMPTS_FILE,
     CalibrationItem,
@@ -33,8 +33,10 @@ from prism_ray.work import (
 TRAIN = "train"
 
 
-def generator_of(config: Config, dataset: PreparedDataset, artifacts_dir: Path) -> tuple[str, GeneratorItem | None]:
-    """Folder of a run's generator, and the work that makes it, None where it comes from elsewhere.
+def generator_of(
+    config: Config, dataset: PreparedDataset, artifacts_dir: str | Path
+) -> tuple[str, GeneratorItem | None]:
+    """Address of a run's generator, and the work that makes it, None where it comes from elsewhere.
 
     Raises:
         InputError: the folder is no pipeline that can be sampled from.
@@ -42,23 +44,28 @@ def generator_of(config: Config, dataset: PreparedDataset, artifacts_dir: Path) 
     source, world = config.generator.source, config.generator.world
     assert source is not None, "refused by validation"
     if source != TRAIN:
-        elsewhere = staged(source, artifacts_dir) if is_elsewhere(source) else Path(source).absolute()
-        check_generator(elsewhere)
-        return str(elsewhere), None
+        return staged(source, artifacts_dir), None
     phrases = tuple(found[0] for found in class_phrases(dataset.class_names, config.prompts.phrases))
-    folder = str(_world_folder(world, phrases, dataset, artifacts_dir))
+    folder = _world_folder(world, phrases, dataset, artifacts_dir)
     gpus = config.compute.gpus_per_train_worker
-    return folder, GeneratorItem(world, phrases, str(dataset.folder), folder, gpus)
+    return folder, GeneratorItem(world, phrases, dataset.url, folder, gpus)
 
 
-def _world_folder(world: WorldConfig, phrases: Sequence[str], dataset: PreparedDataset, artifacts_dir: Path) -> Path:
+def _world_folder(
+    world: WorldConfig, phrases: Sequence[str], dataset: PreparedDataset, artifacts_dir: str | Path
+) -> str:
     trained = {key: value for key, value in plain(world).items() if key != "checkpoint_every"}
     settings = {"version": 1, "world": trained, "phrases": list(phrases), "dataset": dataset.content_hash}
-    return artifacts_dir / "generators" / f"world-{content_hash(settings)}"
+    return join(artifacts_dir, "generators", f"world-{content_hash(settings)}")
 
 
 def prompts_item(
-    config: Config, dataset: PreparedDataset, generator_dir: str, artifacts_dir: Path, *, phrases: Sequence[str] = ()
+    config: Config,
+    dataset: PreparedDataset,
+    generator_dir: str,
+    artifacts_dir: str | Path,
+    *,
+    phrases: Sequence[str] = (),
 ) -> PromptsItem:
     """The table of prompts of a run.
 
@@ -73,17 +80,17 @@ def prompts_item(
         "classes": list(names),
         "seed": config.seed,
         # What prompts depend on of it: how it counts, or which classes it knows.
-        "generator": generator_digest(Path(generator_dir), parts=("tokenizer", "transformer/config.json")),
+        "generator": generator_digest(generator_dir, parts=("tokenizer", "transformer/config.json")),
     }
-    folder = artifacts_dir / "prompts" / f"{config.prompts.world.name}-{content_hash(settings)}"
-    return PromptsItem(config.prompts, names, config.seed, generator_dir, str(folder), tuple(phrases))
+    folder = join(artifacts_dir, "prompts", f"{config.prompts.world.name}-{content_hash(settings)}")
+    return PromptsItem(config.prompts, names, config.seed, generator_dir, folder, tuple(phrases))
 
 
-def phrases_item(spec: RunSpec, artifacts_dir: Path) -> PhrasesItem | None:
+def phrases_item(spec: RunSpec, artifacts_dir: str | Path) -> PhrasesItem | None:
     """The samples by which a teacher chooses what ambiguous classes are called, None where it is not asked."""
     config, names = spec.config, spec.dataset().class_names
     assert spec.generator_dir is not None, "the generator comes first"
-    if not config.prompts.judged_images or takes_class_ids(Path(spec.generator_dir)):
+    if not config.prompts.judged_images or takes_class_ids(local_folder(spec.generator_dir, only=DESCRIPTION)):
         return None
     possible = class_phrases(names, config.prompts.phrases)
     ambiguous = [class_id for class_id in spec.class_ids() if len(possible[class_id]) > 1]
@@ -91,10 +98,10 @@ def phrases_item(spec: RunSpec, artifacts_dir: Path) -> PhrasesItem | None:
         return None
     teacher = config.teachers.primary
     settings = PhrasesSettings(
-        generator=generator_digest(Path(spec.generator_dir)),
+        generator=generator_digest(spec.generator_dir),
         settings=_sampled_by(config),
         teacher=teacher,
-        teacher_digest=classifier_digest(Path(spec.teacher_dirs[teacher])),
+        teacher_digest=classifier_digest(spec.teacher_dirs[teacher]),
         names=tuple(names),
         phrases=dict(config.prompts.phrases),
         class_ids=tuple(ambiguous),
@@ -102,7 +109,7 @@ def phrases_item(spec: RunSpec, artifacts_dir: Path) -> PhrasesItem | None:
         seed=config.seed,
         threads=config.compute.threads,
     )
-    return PhrasesItem(spec, settings, str(artifacts_dir / "phrases" / content_hash(plain(settings))))
+    return PhrasesItem(spec, settings, join(artifacts_dir, "phrases", content_hash(plain(settings))))
 
 
 def _sampled_by(config: Config) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def _sampled_by(config: Config) -> dict[str, Any]:
     return {"generator": generator, "sampling": sampling}
 
 
-def calibration_item(spec: RunSpec, artifacts_dir: Path) -> CalibrationItem | None:
+def calibration_item(spec: RunSpec, artifacts_dir: str | Path) -> CalibrationItem | None:
     """The samples that a run's guidance is calibrated on, None where it needs none."""
     config = spec.config
     if not needs_calibration(config):
@@ -123,10 +130,10 @@ def calibration_item(spec: RunSpec, artifacts_dir: Path) -> CalibrationItem | No
     assert spec.prompts_dir is not None, "prompts come first"
     guidance = config.method.guidance
     settings = CalibrationSettings(
-        generator=generator_digest(Path(spec.generator_dir)),
+        generator=generator_digest(spec.generator_dir),
         settings=_sampled_by(config),
-        prompts=sha256_of_file(Path(spec.prompts_dir) / PROMPTS_FILE),
-        teachers={name: classifier_digest(Path(spec.teacher_dirs[name])) for name in energy_teachers(config)},
+        prompts=sha256_in(spec.prompts_dir, PROMPTS_FILE),
+        teachers={name: classifier_digest(spec.teacher_dirs[name]) for name in energy_teachers(config)},
         class_ids=tuple(spec.class_ids()),
         num_images=guidance.calibration_images,
         quantile=0.5 if guidance.margin_quantile is None else guidance.margin_quantile,
@@ -135,16 +142,28 @@ def calibration_item(spec: RunSpec, artifacts_dir: Path) -> CalibrationItem | No
         seed=config.seed,
         threads=config.compute.threads,
     )
-    folder = artifacts_dir / "calibrations" / content_hash(plain(settings))
-    return CalibrationItem(spec, settings, str(folder))
+    folder = join(artifacts_dir, "calibrations", content_hash(plain(settings)))
+    return CalibrationItem(spec, settings, folder)
 
 
-def generator_digest(folder: Path, *, parts: Sequence[str] = ()) -> str:
+def generator_digest(folder: str | Path, *, parts: Sequence[str] = ()) -> str:
     """Digest over a pipeline's files; of some of its parts only, if they are named."""
-    roots = [folder / part for part in parts] or [folder]
-    found = (path for root in roots for path in (root, *root.rglob("*")))
-    files = sorted(path for path in found if path.is_file() and path.name != MARKER)
-    return content_hash([[str(path.relative_to(folder)), _sha256_of(path, path.stat().st_mtime_ns)] for path in files])
+    found = {PurePosixPath(name): sha256 for name, sha256 in _digests(folder, parts)}
+    return content_hash([[str(name), found[name]] for name in sorted(found)])
+
+
+def _digests(folder: str | Path, parts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and sha256 of each of a pipeline's files; those of an object store are as they were published."""
+    if is_remote(folder):
+        for name, facts in listing_of(str(folder)).files.items():
+            if name != MARKER and (not parts or any(name == part or name.startswith(f"{part}/") for part in parts)):
+                yield name, facts["sha256"]
+        return
+    folder = Path(folder)
+    for root in [folder / part for part in parts] or [folder]:
+        for path in (root, *root.rglob("*")):
+            if path.is_file() and path.name not in (MARKER, LISTING):
+                yield path.relative_to(folder).as_posix(), _sha256_of(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
@@ -153,7 +172,7 @@ def _sha256_of(path: Path, changed_ns: int) -> str:
     return sha256_of_file(path)
 
 
-def class_ids_of_generator(folder: Path, class_names: Sequence[str]) -> list[int]:
+def class_ids_of_generator(generator: str | Path, class_names: Sequence[str]) -> list[int]:
     """The ids that a pipeline asked by class id has for the classes of a data set, in their order.
 
     Its own classes are taken for the data set's where their numbers agree; ImageNet's 1000 are found by name or WordNet
@@ -162,6 +181,7 @@ def class_ids_of_generator(folder: Path, class_names: Sequence[str]) -> list[int
     Raises:
         InputError: the pipeline was trained on other classes.
     """
+    folder = local_folder(generator, only=DESCRIPTION)
     config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     num_classes = config.get("num_embeds_ada_norm")
     if num_classes == len(class_names):
@@ -171,7 +191,7 @@ def class_ids_of_generator(folder: Path, class_names: Sequence[str]) -> list[int
     if num_classes != len(synsets()) or unknown:
         wrong = f"; {unknown[0]!r} is none of ImageNet's" if unknown else ""
         raise InputError(
-            f"generator {folder}: knows {num_classes} classes, the data set has {len(class_names)}{wrong}; expected a "
-            "model of the same classes, or of ImageNet's 1000 for some of these"
+            f"generator {generator}: knows {num_classes} classes, the data set has {len(class_names)}{wrong}; expected "
+            "a model of the same classes, or of ImageNet's 1000 for some of these"
         )
     return [known[name] for name in class_names]

@@ -5,13 +5,12 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prism_ray import __version__, summary
+from prism_ray.artifacts import artifact_facts, damaged_files, is_complete, local_folder
 from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_steps
 from prism_ray.data.prepared import PreparedDataset, find_prepared
-from prism_ray.data.publish import MARKER
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line, within
@@ -26,9 +25,8 @@ from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.staging import found_here
-from prism_ray.storage import check_writable, open_store, read_json, sha256_of_file
-from prism_ray.weights import find_weights
-from prism_ray.work import RELABEL, SYNTHESIZE, artifact_facts
+from prism_ray.storage import LocalStore, is_remote, open_store, read_json
+from prism_ray.work import RELABEL, SYNTHESIZE, weights_sha256
 
 
 def describe(config: Config) -> str:
@@ -49,7 +47,7 @@ class Estimate:
 
 def plan_text(config: Config) -> str:
     """Units, images, bytes, operations and device-hours of a run. Makes nothing and starts nothing."""
-    dataset = find_prepared(config.dataset, open_store(config.storage).path("artifacts"))
+    dataset = find_prepared(config.dataset, open_store(config.storage).url_of("artifacts"))
     names, units = _planned(config, dataset)
     num_images = sum(len(unit.images) for unit in units)
     sides = config.dataset.image_size
@@ -111,7 +109,7 @@ def _teacher_flops(config: Config, dataset: PreparedDataset | None, num_classes:
     run = locate(Row(config.method.name, config))
     run.dataset = dataset
     for name in used_teachers(config):
-        facts = dataset and artifact_facts(str(run.teacher_folder(name)))
+        facts = dataset and artifact_facts(run.teacher_folder(name))
         if facts:
             found[name] = float(facts["forward_flops"])
             continue
@@ -137,10 +135,10 @@ def _sampling_flops(config: Config, teachers: float) -> float | None:
     if generator.source == TRAIN:
         cost = world_cost(generator.world, image_size=dataset.image_size, channels=dataset.channels)
     else:
-        folder = found_here(generator.source, open_store(config.storage).path("artifacts"))
+        folder = found_here(generator.source, open_store(config.storage).url_of("artifacts"))
         if folder is None:
             return None
-        cost = pipeline_cost(folder, image_size=generator.image_size)
+        cost = pipeline_cost(local_folder(folder, only=["*.json"]), image_size=generator.image_size)
     return sampling_flops(config.method, cost, teachers)
 
 
@@ -174,7 +172,7 @@ def open_existing(config: Config) -> Run:
     run.dataset = find_prepared(config.dataset, run.artifacts_dir)
     if run.dataset is None:
         raise InputError(f"{describe(config)}: its data set is not prepared; start the run first")
-    run.teacher_dirs = {name: str(run.teacher_folder(name)) for name in used_teachers(config)}
+    run.teacher_dirs = {name: run.teacher_folder(name) for name in used_teachers(config)}
     return run
 
 
@@ -182,7 +180,7 @@ def status_text(config: Config) -> str:
     """How far each stage is, and what was given up."""
     run = open_existing(config)
     stages = [SYNTHESIZE, RELABEL] if run.needs_labels() else [SYNTHESIZE]
-    teachers = sum(Path(folder, MARKER).is_file() for folder in run.teacher_dirs.values())
+    teachers = sum(is_complete(folder) for folder in run.teacher_dirs.values())
     students = run.students()
     given_up = run.ledger.quarantined()
     finished = "finished" if run.ledger.manifest() is not None else "in progress"
@@ -207,7 +205,7 @@ def verify(config: Config) -> list[dict[str, str]]:
     assert run.dataset is not None
     for name in run.dataset.verify():
         problems.append(
-            {"key": f"{run.dataset.folder}/{name}", "problem": "differs from what was prepared; delete the folder"}
+            {"key": f"{run.dataset.url}/{name}", "problem": "differs from what was prepared; delete the folder"}
         )
     problems += _teacher_problems(run)
     for unit_id, images in _duplicate_images(run.ledger).items():
@@ -223,8 +221,8 @@ def _teacher_problems(run: Run) -> list[dict[str, str]]:
         if folder is None:
             continue
         try:
-            found = sha256_of_file(find_weights(Path(folder)))
-        except InputError:
+            found = None if is_remote(folder) and damaged_files(folder) else weights_sha256(folder)
+        except PrismError:
             found = None
         if found != pinned:
             problem = "its weights are missing" if found is None else "its weights differ from those the run began with"
@@ -270,8 +268,8 @@ def rewrite_report(config: Config, *, command: str) -> str:
             f"{describe(config)}: the artifacts of its teachers {', '.join(missing)} are gone; make them again with "
             "prism-ray run and stages=[teach]"
         )
-    path = summary.write_reports([run], title=run.name, command=command, suite=None, always=True)
-    return f"look at the report:  {path.as_uri()}"
+    report = summary.write_reports([run], title=run.name, command=command, suite=None, always=True)
+    return f"look at the report:  {report}"
 
 
 # doctor
@@ -327,8 +325,11 @@ def _machine_facts(config: Config) -> str:
 
 def _storage_facts(config: Config) -> str:
     store = open_store(config.storage)
+    if not isinstance(store, LocalStore):
+        store.check_writable()
+        return f"{store.url} is writable"
     existed = store.root.exists()
-    check_writable(store)
+    store.check_writable()
     free = shutil.disk_usage(store.root).free
     if not existed:
         store.root.rmdir()

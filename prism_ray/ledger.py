@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from prism_ray.deadline import ended_after
 from prism_ray.errors import Drained, Fenced, InputError, PrismError, one_line
 from prism_ray.lock import check_epoch
 from prism_ray.schema import table_bytes
-from prism_ray.storage import Store, read_json, sha256_of, sha256_of_file, to_json
+from prism_ray.storage import Store, parsed_json, read_json, sha256_of, to_json
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
+FOLDERS = {"synthesize": "images", "relabel": "labels", "distill": "student"}
+"""Where the objects of each stage lie."""
 
 
 class NondeterministicUnit(PrismError):
@@ -61,11 +63,10 @@ class Ledger:
 
     def receipts(self, stage: str) -> dict[str, Receipt]:
         """Receipts of a stage by unit name."""
-        found = {}
-        for key in self.store.keys(f"receipts/{stage}"):
-            receipt = self.receipt(stage, key.rsplit("/", 1)[1].removesuffix(".json"))
-            if receipt is not None:
-                found[receipt.name] = receipt
+        folder, found = f"receipts/{stage}", {}
+        for key, data in self.store.read_all(folder).items():
+            receipt = Receipt(**parsed_json(data, self.store.url_of(key)))
+            found[receipt.name] = receipt
         return found
 
     def receipt(self, stage: str, name: str) -> Receipt | None:
@@ -75,9 +76,15 @@ class Ledger:
     def write_receipt(self, receipt: Receipt) -> None:
         self.store.put(f"receipts/{receipt.stage}/{receipt.name}.json", to_json(asdict(receipt)))
 
-    def is_done(self, receipt: Receipt | None, inputs: dict[str, str]) -> bool:
-        """Whether a published object is there, whole, and made from today's inputs."""
-        return receipt is not None and receipt.inputs == inputs and self.store.size(receipt.key) == receipt.bytes
+    def is_done(self, receipt: Receipt | None, inputs: dict[str, str], sizes: Mapping[str, int] | None = None) -> bool:
+        """Whether a published object is there, whole, and made from today's inputs.
+
+        `sizes` of a listing save asking for each of many objects.
+        """
+        if receipt is None or receipt.inputs != inputs:
+            return False
+        size = self.store.size(receipt.key) if sizes is None else sizes.get(receipt.key)
+        return size == receipt.bytes
 
     # Publishing
 
@@ -91,7 +98,7 @@ class Ledger:
         data = table_bytes(table)
         receipt = replace(receipt, rows=table.num_rows, bytes=len(data), sha256=sha256_of(data))
         check_epoch(self.store, epoch)
-        if not self.store.create(receipt.key, data, check=lambda path: _check_footer(path, table)):
+        if not self.store.create(receipt.key, data, check=lambda written: _check_footer(written, table)):
             published = self._resolve_published(receipt)
             if published is not None:
                 return published
@@ -102,11 +109,10 @@ class Ledger:
 
     def adopt(self, receipt: Receipt, source: Store, *, epoch: int) -> bool:
         """Publish another run's object here, receipt and all; False if its bytes are not what the receipt says."""
-        path = source.path(receipt.key)
-        if sha256_of_file(path) != receipt.sha256:
+        if source.sha256(receipt.key) != receipt.sha256:
             return False
         check_epoch(self.store, epoch)
-        self.store.link(receipt.key, path)  # whatever lies there has no receipt that counts
+        self.store.copy(receipt.key, source, receipt.key)  # whatever lies there has no receipt that counts
         check_epoch(self.store, epoch)
         self.write_receipt(receipt)
         self.event("adopted", key=receipt.key, source=source.url)
@@ -150,8 +156,8 @@ class Ledger:
     def failed_attempts(self, stage: str, name: str, *, epoch: int, live_nodes: Collection[str]) -> list[str]:
         """Reasons of the attempts that count: errors, and deaths that the driver and the node survived."""
         reasons = []
-        for key in self.store.keys(f"attempts/{stage}/{name}"):
-            marker = json.loads(self.store.read(key))
+        for data in self.store.read_all(f"attempts/{stage}/{name}").values():
+            marker = json.loads(data)
             if marker["error"] is not None:
                 reasons.append(marker["error"])
             elif marker["epoch"] == epoch and marker["node"] in live_nodes:
@@ -168,7 +174,7 @@ class Ledger:
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Every unit that was given up."""
-        return [json.loads(self.store.read(key)) for key in self.store.keys("quarantine/units")]
+        return [json.loads(data) for data in self.store.read_all("quarantine/units").values()]
 
     def retry(self) -> int:
         """Forget quarantine and attempts, so that the next run tries again; returns the number of units."""
@@ -190,7 +196,7 @@ class Ledger:
         """
         problems = []
         known = set()
-        for stage in ("synthesize", "relabel", "distill"):
+        for stage in FOLDERS:
             for receipt in self.receipts(stage).values():
                 known.add(receipt.key)
                 problem = self._problem(receipt)
@@ -208,12 +214,12 @@ class Ledger:
             return "missing"
         if size != receipt.bytes:
             return f"has {size} bytes, its receipt says {receipt.bytes}"
-        if sha256_of(self.store.read(receipt.key)) != receipt.sha256:
+        if self.store.sha256(receipt.key) != receipt.sha256:
             return "its content differs from its receipt (same size)"
         folder = receipt.key.rpartition("/")[0]
         for name, sha256 in receipt.details.get("files", {}).items():
             key = f"{folder}/{name}"
-            if self.store.size(key) is None or sha256_of(self.store.read(key)) != sha256:
+            if self.store.size(key) is None or self.store.sha256(key) != sha256:
                 return f"its {name} is missing or differs from its receipt"
         return None
 
@@ -231,9 +237,10 @@ class Ledger:
         """
         suspects = {entry["key"] for entry in read_json(self.store, DAMAGED) or []}
         aside = []
-        for stage in ("synthesize", "relabel", "distill"):
+        for stage, folder in FOLDERS.items():
+            sizes = self.store.sizes(folder)
             for receipt in self.receipts(stage).values():
-                wrong_size = self.store.size(receipt.key) != receipt.bytes
+                wrong_size = sizes.get(receipt.key) != receipt.bytes
                 if wrong_size or (receipt.key in suspects and self._problem(receipt)):
                     self._set_aside(receipt)
                     aside.append(receipt.key)
@@ -258,7 +265,7 @@ class Ledger:
         self.store.put(MANIFEST, to_json(content))
 
     def event(self, kind: str, **content: Any) -> None:
-        """Append one line to events.jsonl; a note for people, nothing depends on it."""
+        """Append one line to events.jsonl, in an object store one object below events/; a note for people."""
         self.store.append("events.jsonl", json.dumps({"event": kind, **content}, sort_keys=True))
 
 
@@ -333,11 +340,11 @@ def _too_long(ledger: Ledger, marker: str, name: str, seconds: float) -> Callabl
     return record
 
 
-def _check_footer(path: Path, table: pa.Table) -> None:
+def _check_footer(written: Path | io.BytesIO, table: pa.Table) -> None:
     """Read a written shard's footer back: rows and columns as meant."""
-    footer = pq.read_metadata(path)
+    footer = pq.read_metadata(written)
     if footer.num_rows != table.num_rows or footer.schema.to_arrow_schema().names != table.schema.names:
-        raise PrismError(f"{path}: the shard read back differs from what was written; check the disk")
+        raise PrismError(f"{written}: the shard read back differs from what was written; check the disk")
 
 
 def _reason(error: BaseException) -> str:
@@ -351,3 +358,9 @@ def _reason(error: BaseException) -> str:
 def read_table(store: Store, key: str) -> pa.Table:
     """A published shard."""
     return pq.read_table(io.BytesIO(store.read(key)))
+
+
+def read_columns(store: Store, key: str, columns: list[str]) -> pa.Table:
+    """Some columns of a published shard; the others are not read."""
+    with store.open(key) as source:
+        return pq.read_table(source, columns=columns)

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -138,6 +139,7 @@ def _identity() -> dict[str, Any]:
         "pids": _pid_namespace(),
         "pid": pid,
         "started": _start_time(pid),
+        "token": uuid.uuid4().hex,  # no two claims are alike: a store may not tell an equal object from our own
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prism_ray import summary
+from prism_ray.artifacts import artifact_facts
 from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
@@ -28,7 +29,7 @@ from prism_ray.runs import Run, open_run
 from prism_ray.runtime.cluster import RayRuntime
 from prism_ray.runtime.inline import InlineRuntime
 from prism_ray.signals import drained_by_sigterm, interruptible, interruptible_items, sigterm_deferred
-from prism_ray.storage import storage_errors
+from prism_ray.storage import is_remote, storage_errors
 from prism_ray.weights import is_folder
 from prism_ray.work import (
     RELABEL,
@@ -39,7 +40,6 @@ from prism_ray.work import (
     RunSpec,
     TeacherItem,
     UnitRef,
-    artifact_facts,
     check_starts,
 )
 
@@ -111,7 +111,7 @@ def run(
                 stage(driven)
         report = None
         if "report" in wanted:
-            with storage_errors(runs[0].store.root):
+            with storage_errors(runs[0].store.url):
                 with_images(driven, "report")
                 report = summary.write_reports(
                     runs, title=title, command=command, suite=suite, references=references or {}
@@ -148,7 +148,7 @@ def prepare(command: Command) -> None:
             each.dataset = prepare_dataset(each.config.dataset, each.artifacts_dir)
             for name, where in each.config.evaluate.shifted_sets.items():
                 shifted = prepare_shifted(each.config.dataset, name, where, each.artifacts_dir)
-                each.shifted_dirs[name] = str(shifted.folder)
+                each.shifted_dirs[name] = shifted.url
                 class_ids_in(each.dataset.class_names, shifted.class_names, name=name)
         each.pin("data set", each.dataset.content_hash)
         check_statistics(each.config, each.units)  # refused, like a plan that can't be made, before teachers train
@@ -181,10 +181,16 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
         # Workers of a cluster that was joined have another working directory.
         teacher = replace(teacher, source=str(Path(teacher.source).absolute()))
     folder = each.teacher_folder(name)
-    with storage_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(folder)
     gpus = compute.gpus_per_train_worker
-    return TeacherItem(name, teacher, config.teach, str(dataset.folder), str(folder), compute.threads, gpus)
+    return TeacherItem(name, teacher, config.teach, dataset.url, folder, compute.threads, gpus)
+
+
+def make_parent(folder: str) -> None:
+    """The folder that an artifact belongs in; an object store needs none."""
+    if not is_remote(folder):
+        with storage_errors(Path(folder).parent):
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
 
 
 def generate(command: Command) -> None:
@@ -222,8 +228,7 @@ def prompt(command: Command) -> None:
 def do_artifacts(command: Command, stage: str, items: Mapping[str, Item], unit: str) -> None:
     """Have artifact folders made, if there are any to be."""
     for folder in items:
-        with storage_errors(Path(folder).parent):
-            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        make_parent(folder)
     if items:
         do_items(command, stage, list(items.values()), unit)
 

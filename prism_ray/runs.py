@@ -6,33 +6,28 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from prism_ray import __version__
+from prism_ray.artifacts import artifact_facts, sha256_in
 from prism_ray.config import Config, Row
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.errors import Fenced, InputError, PrismError, one_line
+from prism_ray.errors import Fenced, InputError, PrismError, StorageError, one_line
 from prism_ray.generation import generator_digest
 from prism_ray.identity import config_hash, content_hash, images_hash, output_settings, plain, run_id
-from prism_ray.ledger import MANIFEST, Ledger, Receipt
+from prism_ray.ledger import FOLDERS, MANIFEST, Ledger, Receipt
 from prism_ray.lock import RunLock
 from prism_ray.options import Init, LabelKind
 from prism_ray.plan import Unit, has_statistics, needs_starts, needs_statistics_pass, statistics_pool
 from prism_ray.storage import (
     TEMPORARY,
-    LocalStore,
-    StorageError,
     Store,
-    check_writable,
     open_store,
     read_json,
-    sha256_of_file,
     to_json,
 )
-from prism_ray.weights import find_weights
 from prism_ray.work import (
     DISTILL,
     PROMPTS_FILE,
@@ -40,18 +35,19 @@ from prism_ray.work import (
     STARTS_FILE,
     STATISTICS_FILE,
     SYNTHESIZE,
+    TROUBLES,
     RunSpec,
     SearchItem,
     StartsItem,
     StatisticsItem,
     StudentItem,
-    artifact_facts,
     image_receipt,
     label_receipt,
     started_from,
     starts_item,
     statistics_item,
     teacher_folder,
+    weights_sha256,
 )
 
 PINS = "pins.json"
@@ -78,7 +74,7 @@ class Run:
 
     label: str
     config: Config
-    store: LocalStore
+    store: Store
     column: str | None = None
     epoch: int = 0
     dataset: PreparedDataset | None = None
@@ -99,8 +95,9 @@ class Run:
         return Ledger(self.store)
 
     @property
-    def artifacts_dir(self) -> Path:
-        return open_store(self.config.storage).path("artifacts")
+    def artifacts_dir(self) -> str:
+        """Address of the artifacts of its storage."""
+        return open_store(self.config.storage).url_of("artifacts")
 
     def spec(self) -> RunSpec:
         assert self.dataset is not None, "prepare comes first"
@@ -108,7 +105,7 @@ class Run:
             self.config,
             self.store.url,
             self.epoch,
-            str(self.dataset.folder),
+            self.dataset.url,
             self.teacher_dirs,
             self.statistics_dirs,
             self.starts_dir,
@@ -127,13 +124,13 @@ class Run:
     def done_units(self, stage: str) -> list[Unit]:
         """Units of a stage that are published, whole, and made from today's inputs."""
         receipts, images = self.ledger.receipts(stage), self.ledger.receipts(SYNTHESIZE)
-        done = []
+        sizes, done = self.store.sizes(FOLDERS[stage]), []
         for unit in self.units:
             if stage == RELABEL and unit.name not in images:
                 continue
             wanted = _wanted(stage, unit, images)
-            receipt = receipts.get(unit.name)
-            if receipt is not None and _same_unit(receipt, wanted) and self.ledger.is_done(receipt, wanted.inputs):
+            found = receipts.get(unit.name)
+            if found is not None and _same_unit(found, wanted) and self.ledger.is_done(found, wanted.inputs, sizes):
                 done.append(unit)
         return done
 
@@ -156,7 +153,7 @@ class Run:
         index = open_store(self.config.storage)
         folder = f"artifacts/same_images/{images_hash(self.config)}"
         names = [key.rpartition("/")[2] for key in index.keys(folder)]
-        others = [Ledger(LocalStore(index.path(f"runs/{name}"))) for name in names if name != self.name]
+        others = [Ledger(open_store(index.url_of(f"runs/{name}"))) for name in names if name != self.name]
         index.put(f"{folder}/{self.name}", b"")
         pins = read_json(self.store, PINS) or {}
         others = [other for other in others if _agree(pins, other.store)]
@@ -217,7 +214,7 @@ class Run:
 
     # Teachers and pins
 
-    def teacher_folder(self, name: str) -> Path:
+    def teacher_folder(self, name: str) -> str:
         """Where the artifact of one of the run's teachers belongs."""
         assert self.dataset is not None, "prepare comes first"
         config = self.config
@@ -253,24 +250,24 @@ class Run:
     def pin_teachers(self) -> None:
         """Pin the weights of every teacher."""
         for name, folder in self.teacher_dirs.items():
-            self.pin(f"{TEACHER_PIN}{name}", sha256_of_file(find_weights(Path(folder))))
+            self.pin(f"{TEACHER_PIN}{name}", weights_sha256(folder))
 
     def pin_generator(self) -> None:
         """Pin what is sampled from."""
         if self.generator_dir is not None:
-            self.pin("digest of generator", generator_digest(Path(self.generator_dir)))
+            self.pin("digest of generator", generator_digest(self.generator_dir))
 
     def pin_prompts(self) -> None:
         """Pin the table of prompts."""
         if self.prompts_dir is not None:
-            self.pin("sha256 of prompts", sha256_of_file(Path(self.prompts_dir) / PROMPTS_FILE))
+            self.pin("sha256 of prompts", sha256_in(self.prompts_dir, PROMPTS_FILE))
 
     def pin_measured(self) -> None:
         """Pin what was measured of the real images for synthesis."""
         for name, folder in self.statistics_dirs.items():
-            self.pin(f"sha256 of statistics of {name}", sha256_of_file(Path(folder) / STATISTICS_FILE))
+            self.pin(f"sha256 of statistics of {name}", sha256_in(folder, STATISTICS_FILE))
         if self.starts_dir is not None:
-            self.pin("sha256 of starts", sha256_of_file(Path(self.starts_dir) / STARTS_FILE))
+            self.pin("sha256 of starts", sha256_in(self.starts_dir, STARTS_FILE))
         if self.calibration_dir is not None:
             self.pin("digest of calibration", content_hash(artifact_facts(self.calibration_dir)["teachers"]))
         if self.config.method.init is Init.generated:
@@ -300,7 +297,7 @@ def _agree(pins: dict[str, Any], other: Store) -> bool:
 def locate(row: Row) -> Run:
     """The run of these settings, whether it exists or not."""
     root = open_store(row.config.storage)
-    return Run(row.label, row.config, LocalStore(root.path(f"runs/{run_id(row.config)}")), column=row.column)
+    return Run(row.label, row.config, open_store(root.url_of(f"runs/{run_id(row.config)}")), column=row.column)
 
 
 def require(config: Config) -> Run:
@@ -325,12 +322,12 @@ def open_run(row: Row, locks: ExitStack) -> Run:
         InputError: storage is not writable, the run exists with other settings, or another driver is alive.
     """
     run, config = locate(row), row.config
-    check_writable(run.store)
+    run.store.check_writable()
     _check_same(run)
     lock = locks.enter_context(RunLock(run.store, name=run.name, lease_s=config.compute.lease_s))
     run.epoch = lock.epoch
     _check_same(run)  # again: another driver may have begun it while we waited for the lock
-    for leftover in (TEMPORARY, *(path.name for path in run.store.root.glob(".train-*"))):
+    for leftover in (TEMPORARY, TROUBLES):
         run.store.remove(leftover)  # of drivers that are gone; ours is the only one now
     content = {"config_hash": config_hash(config), "settings": plain(config)}
     run.store.put("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
@@ -347,7 +344,7 @@ def _check_same(run: Run) -> None:
         begun_hash, before = begun["config_hash"], _flat(begun["settings"])
     except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
         raise PrismError(
-            f"{run.store.path('config.yaml')}: damaged; delete it if you know the run's settings, and run the same "
+            f"{run.store.url_of('config.yaml')}: damaged; delete it if you know the run's settings, and run the same "
             "command again"
         ) from error
     if begun_hash == config_hash(run.config):

@@ -12,16 +12,19 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from prism_ray.artifacts import MARKER, is_complete, join, publish_built
 from prism_ray.data.files import open_location
-from prism_ray.data.publish import MARKER, publish_built
 from prism_ray.errors import InputError, PrismError, one_line
+from prism_ray.generator_files import check_generator
 from prism_ray.identity import content_hash
-from prism_ray.storage import sha256_of_file, to_json
+from prism_ray.storage import is_remote, sha256_of_file, to_json
 
 HUB = "hub:"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 """Second copies of the same weights, which are not loaded."""
+DESCRIPTION = ("model_index.json", "transformer/config.json")
+"""Files that tell what a pipeline is asked for; small."""
 
 
 def is_elsewhere(source: str) -> bool:
@@ -29,7 +32,7 @@ def is_elsewhere(source: str) -> bool:
     return source.startswith(HUB) or "://" in source
 
 
-def check_elsewhere(source: str, artifacts_dir: Path) -> None:
+def check_elsewhere(source: str, artifacts_dir: str | Path) -> None:
     """Refuse an address that can't be copied from, without looking at what is there.
 
     Raises:
@@ -47,38 +50,53 @@ def check_elsewhere(source: str, artifacts_dir: Path) -> None:
         )
 
 
-def staged_path(source: str, artifacts_dir: Path) -> Path:
-    """Where the copy belongs."""
-    return artifacts_dir / "generators" / f"staged-{content_hash(source)}"
+def staged_path(source: str, artifacts_dir: str | Path) -> str:
+    """Where the copy belongs. A folder of this machine counts by its content, for it may change."""
+    what = source if is_elsewhere(source) else _folder_digests(source)
+    return join(artifacts_dir, "generators", f"staged-{content_hash(what)}")
 
 
-def found_here(source: str, artifacts_dir: Path) -> Path | None:
-    """The folder of a model that can be looked at without fetching anything, None if it must be fetched first."""
+def found_here(source: str, artifacts_dir: str | Path) -> str | None:
+    """The address of a model that can be looked at without fetching anything, None if it must be fetched first."""
     if not is_elsewhere(source):
-        return Path(source)
+        return str(Path(source).absolute())
     folder = staged_path(source, artifacts_dir)
-    return folder if (folder / MARKER).is_file() else None
+    return folder if is_complete(folder) else None
 
 
-def staged(source: str, artifacts_dir: Path) -> Path:
-    """The folder of a model's copy, made if it is not there yet; afterwards no network is used.
+def staged(source: str, artifacts_dir: str | Path) -> str:
+    """The address of a model that every worker reaches: of its copy, made if it is not there yet and never asked for
+    again; of a local folder as it is, if the storage is local too.
 
     Raises:
-        InputError: nothing is there, or it can't be read.
+        InputError: nothing is there, it can't be read, or is no pipeline that can be sampled from.
         PrismError: a file was cut off on its way.
     """
+    if not is_elsewhere(source):
+        check_generator(Path(source).absolute())
+        if not is_remote(artifacts_dir):
+            return str(Path(source).absolute())
     folder = staged_path(source, artifacts_dir)
-    if found_here(source, artifacts_dir):
+    if is_complete(folder):
         return folder
 
     def build(building: Path) -> None:
         (_from_hub if source.startswith(HUB) else _from_url)(source, building)
+        try:
+            check_generator(building)
+        except InputError as error:
+            raise InputError(str(error).replace(str(building), source)) from error
         files = sorted(path for path in building.rglob("*") if path.is_file())
         digests = {str(path.relative_to(building)): sha256_of_file(path) for path in files}
         (building / MARKER).write_bytes(to_json({"source": source, "files": digests}))
 
     publish_built(folder, build)
     return folder
+
+
+def _folder_digests(source: str) -> list[list[str]]:
+    fs, root = open_location(source, source="generator")
+    return [[str(name), sha256_of_file(Path(path))] for path, name, _ in _wanted(fs, root)]
 
 
 def _from_url(source: str, building: Path) -> None:

@@ -10,14 +10,17 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from prism_ray.errors import InputError, PrismError
+from prism_ray.errors import InputError, PrismError, StorageError
+from prism_ray.stores import SCHEMES, ObjectStore
 
 TEMPORARY = ".tmp"
 """Folder inside a store for objects that are not published yet; never listed."""
@@ -32,25 +35,30 @@ FAILING_DISK = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EFBIG)
 """What disks and network mounts answer that fail, were replaced, or hold no larger files."""
 
 
-class StorageError(PrismError):
-    """Storage refused a write: nothing was published, and the run continues once there is room."""
-
-
 class Store(Protocol):
     """Objects by key below one root."""
 
     url: str
 
-    def path(self, key: str) -> Path: ...
+    def url_of(self, key: str) -> str: ...
     def read(self, key: str) -> bytes: ...
+    def open(self, key: str) -> BinaryIO: ...
+    def fetch(self, key: str, path: Path) -> None: ...
+    def read_all(self, prefix: str) -> dict[str, bytes]: ...
     def size(self, key: str) -> int | None: ...
+    def sizes(self, prefix: str) -> dict[str, int]: ...
     def keys(self, prefix: str) -> list[str]: ...
+    def sha256(self, key: str) -> str: ...
     def put(self, key: str, data: bytes) -> None: ...
-    def create(self, key: str, data: bytes, *, check: Callable[[Path], None] | None = None) -> bool: ...
-    def link(self, key: str, source: Path) -> None: ...
+    def create(self, key: str, data: bytes, *, check: Callable[[Any], None] | None = None) -> bool: ...
+    def put_file(self, key: str, path: Path) -> None: ...
+    def copy(self, key: str, source: "Store", source_key: str) -> None: ...
+    def built_folder(self) -> AbstractContextManager[Path]: ...
+    def publish_folder(self, built: Path, key: str) -> None: ...
     def remove(self, key: str) -> None: ...
     def move(self, key: str, to: str) -> None: ...
     def append(self, key: str, line: str) -> None: ...
+    def check_writable(self) -> None: ...
 
 
 class LocalStore:
@@ -59,6 +67,10 @@ class LocalStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.url = str(self.root)
+
+    def url_of(self, key: str) -> str:
+        """An object's address: its path."""
+        return str(self.path(key))
 
     def path(self, key: str) -> Path:
         """Where an object lies; refuses a key that would leave the store."""
@@ -71,12 +83,30 @@ class LocalStore:
         """The whole object. Raises FileNotFoundError."""
         return self.path(key).read_bytes()
 
+    def open(self, key: str) -> BinaryIO:
+        """An object to read parts of. Raises FileNotFoundError."""
+        return self.path(key).open("rb")
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy an object to a file. Raises FileNotFoundError."""
+        shutil.copyfile(self.path(key), path)
+
+    def read_all(self, prefix: str) -> dict[str, bytes]:
+        """Every object below a folder, by key in order."""
+        found = {}
+        for key in self.keys(prefix):
+            with suppress(FileNotFoundError):  # removed since it was listed
+                found[key] = self.read(key)
+        return found
+
     def size(self, key: str) -> int | None:
         """Bytes, or None where there is no such object."""
-        try:
-            return self.path(key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return _size(self.path(key))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every object below a folder by its key, sorted."""
+        sizes = {key: _size(self.root / key) for key in self.keys(prefix)}
+        return {key: size for key, size in sizes.items() if size is not None}
 
     def keys(self, prefix: str) -> list[str]:
         """Every key below a folder, sorted."""
@@ -86,13 +116,17 @@ class LocalStore:
         )
         return sorted(found)
 
+    def sha256(self, key: str) -> str:
+        """Digest of an object's content. Raises FileNotFoundError."""
+        return sha256_of_file(self.path(key))
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object as a whole."""
         with self._written(key, data) as temporary:
             os.replace(temporary, self.path(key))
         sync_path(self.path(key).parent)
 
-    def create(self, key: str, data: bytes, *, check: Callable[[Path], None] | None = None) -> bool:
+    def create(self, key: str, data: bytes, *, check: Callable[[Any], None] | None = None) -> bool:
         """Publish a new object; False, and nothing changed, if the key exists.
 
         `check` looks at the temporary file after it was written and synced, and raises to refuse it.
@@ -107,21 +141,56 @@ class LocalStore:
         sync_path(self.path(key).parent)
         return True
 
-    def link(self, key: str, source: Path) -> None:
+    def put_file(self, key: str, path: Path) -> None:
+        """Write or replace an object with the content of a file."""
+        with self._temporary(key) as temporary:
+            shutil.copyfile(path, temporary)
+            sync_path(temporary)
+            os.replace(temporary, self.path(key))
+        sync_path(self.path(key).parent)
+
+    def copy(self, key: str, source: Store, source_key: str) -> None:
         """Write or replace an object as another file's second name, as a copy where there are no hard links.
 
         No object is ever changed in place, so neither can change through the other.
         """
+        if not isinstance(source, LocalStore):
+            self.put(key, source.read(source_key))
+            return
+        path = source.path(source_key)
         with self._temporary(key) as temporary:
             try:
-                os.link(source, temporary)
+                os.link(path, temporary)
             except OSError as error:
                 if error.errno not in (*NO_HARD_LINKS, errno.EXDEV):
                     raise
-                shutil.copyfile(source, temporary)
+                shutil.copyfile(path, temporary)
                 sync_path(temporary)
             os.replace(temporary, self.path(key))
         sync_path(self.path(key).parent)
+
+    @contextmanager
+    def built_folder(self) -> Iterator[Path]:
+        """A folder of this store to fill for `publish_folder`, gone at the end."""
+        built = self.root / TEMPORARY / uuid.uuid4().hex
+        with storage_errors(built):
+            built.mkdir(parents=True)
+        try:
+            yield built
+        finally:
+            shutil.rmtree(built, ignore_errors=True)
+
+    def publish_folder(self, built: Path, key: str) -> None:
+        """Replace a folder of objects by a built one.
+
+        Raises:
+            PrismError: what is there can't be removed.
+        """
+        final = self.path(key)
+        self.remove(key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if not publish_folder(built, final):
+            raise PrismError(f"{final}: could not be replaced; remove it and run the same command again")
 
     def remove(self, key: str) -> None:
         """Delete an object or a folder of objects; fine if there is none."""
@@ -139,6 +208,17 @@ class LocalStore:
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
             with open(self.path(key), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+    def check_writable(self) -> None:
+        """Refuse a storage that cannot be written, before anything expensive starts."""
+        try:
+            with storage_errors(self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
+                probe = self.root / f"{TEMPORARY}-{uuid.uuid4().hex}"
+                probe.write_bytes(b"")
+                probe.unlink()
+        except OSError as error:
+            raise InputError(f"{self.root}: not writable ({error.strerror}); choose another storage=...") from error
 
     @contextmanager
     def _written(self, key: str, data: bytes) -> Iterator[Path]:
@@ -164,11 +244,15 @@ class LocalStore:
 
 
 @contextmanager
-def storage_errors(path: Path, *, setting: str = "storage") -> Iterator[None]:
+def storage_errors(path: Path | str, *, setting: str = "storage") -> Iterator[None]:
     """Turn 'no space', 'not permitted' and a failing disk into one line with the path, the free bytes and the way out.
 
-    `setting` chooses the folder that is written.
+    `setting` chooses the folder that is written. An object store reports its own troubles; around one, copies of this
+    node are meant.
     """
+    if is_remote(path):
+        path, setting = Path(tempfile.gettempdir()), "TMPDIR"
+    path = Path(path)
     try:
         yield
     except OSError as error:
@@ -185,30 +269,35 @@ def storage_errors(path: Path, *, setting: str = "storage") -> Iterator[None]:
         raise
 
 
-def open_store(url: str) -> LocalStore:
+def is_remote(url: str | Path) -> bool:
+    """Whether an address is one of an object store, and not a local path."""
+    scheme, separator, _ = str(url).partition("://")
+    return bool(separator) and scheme != "file"
+
+
+def open_store(url: str) -> Store:
     """The store behind `storage=...`.
 
     Raises:
-        InputError: a URL scheme this version cannot write exactly-once.
+        InputError: an unknown URL scheme, an address without a bucket, or a package that is not installed.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalStore(Path(url).expanduser())
     if scheme == "file":
         return LocalStore(rest)
-    raise InputError(f"storage={url!r}: scheme {scheme!r} is not supported; known: a local path or file://")
+    if not rest.strip("/"):
+        raise InputError(f"storage={url!r}: names no bucket; expected {scheme}://BUCKET/FOLDER")
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in ("file", *SCHEMES))
+        raise InputError(f"storage={url!r}: scheme {scheme!r} is not supported; known: a local path, {known}")
+    return _object_store(url.rstrip("/"))
 
 
-def check_writable(store: LocalStore) -> None:
-    """Refuse a storage that cannot be written, before anything expensive starts."""
-    try:
-        with storage_errors(store.root):
-            store.root.mkdir(parents=True, exist_ok=True)
-            probe = store.root / f"{TEMPORARY}-{uuid.uuid4().hex}"
-            probe.write_bytes(b"")
-            probe.unlink()
-    except OSError as error:
-        raise InputError(f"{store.root}: not writable ({error.strerror}); choose another storage=...") from error
+@lru_cache(maxsize=256)
+def _object_store(url: str) -> ObjectStore:
+    """One per process and address: it remembers what it has read."""
+    return ObjectStore(url)
 
 
 def sha256_of(data: bytes) -> str:
@@ -234,13 +323,22 @@ def read_json(store: Store, key: str) -> Any | None:
         PrismError: it is damaged. No kill leaves it so, only the disk or a hand.
     """
     try:
-        return json.loads(store.read(key))
+        data = store.read(key)
     except FileNotFoundError:
         return None
+    return parsed_json(data, store.url_of(key))
+
+
+def parsed_json(data: bytes, shown: str) -> Any:
+    """Content of a JSON object, called `shown` in the message.
+
+    Raises:
+        PrismError: it is damaged.
+    """
+    try:
+        return json.loads(data)
     except ValueError as error:
-        raise PrismError(
-            f"{store.path(key)}: damaged, no JSON in it; delete it and run the same command again"
-        ) from error
+        raise PrismError(f"{shown}: damaged, no JSON in it; delete it and run the same command again") from error
 
 
 def publish_folder(built: Path, final: Path) -> bool:
@@ -301,6 +399,13 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _free_bytes(path: Path) -> int:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from prism_ray.artifacts import artifact_facts
 from prism_ray.config import label_teachers
 from prism_ray.errors import InputError
 from prism_ray.identity import config_hash, content_hash, output_tree
@@ -30,8 +31,8 @@ from prism_ray.report.contents import (
     UnitLosses,
 )
 from prism_ray.runs import PINS, TEACHER_PIN, Run, versions
-from prism_ray.storage import open_store, read_json, to_json
-from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, artifact_facts, chosen_lr
+from prism_ray.storage import Store, is_remote, open_store, read_json, to_json
+from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
@@ -130,8 +131,8 @@ def summarize(run: Run) -> RunSummary:
         num_measured=_num_measured(run),
         budget=[per_slice[k] for k in sorted(per_slice)] if optimized else [],
         versions=versions(),
-        shards=[str(run.store.path(receipt.key)) for _, receipt in sorted(images.items())],
-        real_images=[str(path) for path in dataset.paths("train")] if dataset.num_images("train") else [],
+        shards=[run.store.url_of(receipt.key) for _, receipt in sorted(images.items())],
+        real_images=dataset.addresses("train") if dataset.num_images("train") else [],
         loss_curve=[
             UnitLosses(unit_id=r.name, ce=r.details.get("loss_ce"), bn=r.details.get("loss_bn"))
             for _, r in sorted(images.items())
@@ -280,7 +281,7 @@ def write_reports(
     suite: str | None,
     references: Mapping[str, str] = {},
     always: bool = False,
-) -> Path:
+) -> str:
     """Report and card of every run, and of the suite one report of all, with its results as Markdown and CSV.
 
     Runs of a suite that differ in their seeds alone are pooled there, see `prism_ray.report.pooling`. What has not
@@ -290,11 +291,10 @@ def write_reports(
         references: rows of the suite that scores compare with, see `prism_ray.report.ranking.score_rows`.
 
     Returns:
-        The report to look at.
+        The address of the report to look at.
     """
-    from prism_ray.report.card import write_card
-    from prism_ray.report.files import write_document
-    from prism_ray.report.html import write_report
+    from prism_ray.report.card import render_card
+    from prism_ray.report.html import render_report
     from prism_ray.report.origins import licences_of
     from prism_ray.report.pooling import pooled
     from prism_ray.report.ranking import score_rows
@@ -306,11 +306,12 @@ def write_reports(
         contents = [own.to_dict()]
         known = read_json(run.store, "report/summary.json")
         if always or known != contents or run.store.size("report/report.html") is None:
-            write_report([own], run.store.path("report/report.html"), title=run.name, command=command)
-            write_card(own, run.store.path("README.md"), licences=licences_of(run.config))
+            page = render_report([own], title=run.name, command=command)
+            run.store.put("report/report.html", page.encode())
+            run.store.put("README.md", render_card(own, licences=licences_of(run.config)).encode())
             run.store.put("report/summary.json", to_json(contents))
     if suite is None:
-        return runs[0].store.path("report/report.html")
+        return _link(runs[0].store, "report/report.html")
     cells = pooled(summaries)
     folder = f"benches/{suite}-{content_hash([run.name for run in runs])[:12]}"
     root = open_store(runs[0].config.storage)
@@ -324,19 +325,27 @@ def write_reports(
     known = {name: read_json(root, f"{folder}/{name}.json") for name in tables}
     documents = ("report.html", "results.md", "results.csv")
     if known != tables or any(root.size(f"{folder}/{name}") is None for name in documents):
-        path = root.path(f"{folder}/report.html")
-        write_report(cells, path, title=title, command=command, references=references)
-        results = results_markdown(cells, title=title, command=command, references=references)
-        write_document(path.with_name("results.md"), results)
-        write_document(path.with_name("results.csv"), results_csv(cells, references))
+        written = {
+            "report.html": render_report(cells, title=title, command=command, references=references),
+            "results.md": results_markdown(cells, title=title, command=command, references=references),
+            "results.csv": results_csv(cells, references),
+        }
+        for name, text in written.items():
+            root.put(f"{folder}/{name}", text.encode())
         for name, content in tables.items():
             root.put(f"{folder}/{name}.json", to_json(content))
-    return root.path(f"{folder}/report.html")
+    return _link(root, f"{folder}/report.html")
+
+
+def _link(store: Store, key: str) -> str:
+    """An object's address as a browser or a program of the object store takes it."""
+    address = store.url_of(key)
+    return address if is_remote(address) else Path(address).as_uri()
 
 
 def closing_text(
     runs: Sequence[Run],
-    report: Path | None,
+    report: str | None,
     quarantined: Sequence[dict[str, Any]],
     *,
     references: Mapping[str, str] = {},
@@ -355,15 +364,17 @@ def closing_text(
     optimized = [run for run in runs if run.config.method.engine is Engine.inversion]
     shown = (optimized or list(runs))[-1]
     if report is not None:
-        lines.append(f"look at the report:  {report.as_uri()}")
+        lines.append(f"look at the report:  {report}")
     if shown.ledger.receipts(SYNTHESIZE):
-        files = shown.store.path("images") / "*.parquet"
+        files = f"{shown.store.url_of('images')}/*.parquet"
         lines.append(f"load the images:     datasets.load_dataset('parquet', data_files='{files}')")
     student = _student_folder(shown)
-    if student:
+    if student and is_remote(shown.store.url):
+        lines.append(f"copy the student:    {shown.store.url_of(student)}, or prism-ray export with export.folder=DIR")
+    elif student:
         lines.append(
             f"load the student:    import prism_ray.models, timm; "
-            f"timm.create_model('local-dir:{shown.store.path(student)}', pretrained=True)"
+            f"timm.create_model('local-dir:{shown.store.url_of(student)}', pretrained=True)"
         )
     return "\n".join(lines)
 

@@ -9,16 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prism_ray.artifacts import is_complete, join, sha256_in, split
 from prism_ray.config import Config, PromptsConfig, TeachConfig, TeacherConfig, WorldConfig
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import MARKER
 from prism_ray.data.records import class_ids_of
 from prism_ray.errors import InputError, PrismError
 from prism_ray.identity import content_hash, plain
 from prism_ray.ledger import Ledger, Receipt
 from prism_ray.options import Init, LabelKind, Selection
 from prism_ray.plan import Unit, needs_starts, plan_units, reserved_images, selecting
-from prism_ray.storage import open_store, read_json, sha256_of_file
+from prism_ray.storage import is_remote, open_store, read_json
 from prism_ray.weights import find_weights, is_folder
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
@@ -27,6 +27,10 @@ DIVERSITY_VERSION = 3
 """Raised when it holds other measures, so that old ones are made again."""
 STATISTICS_FILE, STARTS_FILE = "statistics.safetensors", "starts.parquet"
 PROMPTS_FILE = "prompts.jsonl"
+TROUBLES = ".train"
+"""Folder beside the results of a list of items in which its workers say what trying again can't mend."""
+WEIGHTS = "model.safetensors"
+"""File of every classifier that is made here."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class RunSpec:
 @lru_cache(maxsize=4)
 def open_dataset(folder: str) -> PreparedDataset:
     """A prepared data set, opened once per process."""
-    return PreparedDataset.open(Path(folder))
+    return PreparedDataset.open(folder)
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,13 @@ Chain = Sequence[UnitRef]
 
 
 class ArtifactItem:
-    """Work whose result is an artifact folder, complete once its marker is there."""
+    """Work whose result is an artifact; `folder` is its address."""
 
     folder: str
 
     @property
     def is_done(self) -> bool:
-        return (Path(self.folder) / MARKER).is_file()
+        return is_complete(self.folder)
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,8 @@ class StudentItem:
     @property
     def is_done(self) -> bool:
         ledger = self.spec.ledger()
-        return ledger.is_done(ledger.receipt(DISTILL, self.name), learned_from(self.spec, self.labels))
+        receipt = ledger.receipt(DISTILL, self.name)
+        return receipt is not None and ledger.is_done(receipt, learned_from(self.spec, self.labels))
 
 
 @dataclass(frozen=True)
@@ -297,8 +302,8 @@ class SearchItem:
 
     @property
     def is_done(self) -> bool:
-        result = read_json(self.spec.ledger().store, self.key) or {}
-        return result.get("inputs") == learned_from(self.spec, self.labels)
+        result = read_json(self.spec.ledger().store, self.key)
+        return result is not None and result.get("inputs") == learned_from(self.spec, self.labels)
 
 
 def chosen_lr(spec: RunSpec, kind: LabelKind) -> float:
@@ -329,9 +334,10 @@ class DiversityItem:
     @property
     def is_done(self) -> bool:
         ledger = self.spec.ledger()
-        found = read_json(ledger.store, DIVERSITY) or {}
-        inputs = student_inputs(ledger, LabelKind.hard)
-        return (found.get("version"), found.get("inputs")) == (DIVERSITY_VERSION, inputs)
+        found = read_json(ledger.store, DIVERSITY)
+        if found is None or found.get("version") != DIVERSITY_VERSION:
+            return False
+        return found.get("inputs") == student_inputs(ledger, LabelKind.hard)
 
 
 Item = (
@@ -348,9 +354,9 @@ Item = (
 )
 
 
-def scratch_dir(item: Item) -> Path:
-    """A folder that every worker of an item can reach."""
-    return Path(item.folder).parent if isinstance(item, ArtifactItem) else Path(item.spec.run_dir)
+def address_of(item: Item) -> str:
+    """Where the result of an item belongs: beside an artifact, or in its run; every worker reaches it."""
+    return split(item.folder)[0] if isinstance(item, ArtifactItem) else item.spec.run_dir
 
 
 def image_receipt(unit: Unit) -> Receipt:
@@ -387,8 +393,13 @@ def learned_from(spec: RunSpec, kind: LabelKind) -> dict[str, str]:
 
 
 def teacher_folder(
-    name: str, teacher: TeacherConfig, teach: TeachConfig, dataset: PreparedDataset, artifacts_dir: Path, threads: int
-) -> Path:
+    name: str,
+    teacher: TeacherConfig,
+    teach: TeachConfig,
+    dataset: PreparedDataset,
+    artifacts_dir: str | Path,
+    threads: int,
+) -> str:
     """Where the artifact of these settings belongs. A folder from elsewhere counts by the digests of its files."""
     settings: dict[str, Any] = {"version": 2, "teacher": plain(teacher), "dataset": dataset.content_hash}
     for key in ("allow_pickle", "licence"):
@@ -396,16 +407,15 @@ def teacher_folder(
     if teacher.source == "train":
         settings |= {"teach": {k: v for k, v in plain(teach).items() if k != "checkpoint_every"}, "threads": threads}
     elif is_folder(teacher.source):
-        source = Path(teacher.source)
-        settings["teacher"]["source"] = _digests(source)
-    return artifacts_dir / "teachers" / f"{name}-{content_hash(settings)}"
+        settings["teacher"]["source"] = _digests(teacher.source)
+    return join(artifacts_dir, "teachers", f"{name}-{content_hash(settings)}")
 
 
-def statistics_item(spec: RunSpec, name: str, artifacts_dir: Path) -> StatisticsItem:
+def statistics_item(spec: RunSpec, name: str, artifacts_dir: str | Path) -> StatisticsItem:
     """The pass over the real images that measures what a run matches of one of its teachers."""
     method, compute, dataset = spec.config.method, spec.config.compute, spec.dataset()
     settings = StatisticsSettings(
-        teacher=classifier_digest(Path(spec.teacher_dirs[name])),
+        teacher=classifier_digest(spec.teacher_dirs[name]),
         dataset=dataset.content_hash,
         conv=method.conv_statistics,
         patch_size=method.patch_size if method.conv_statistics else None,
@@ -414,12 +424,12 @@ def statistics_item(spec: RunSpec, name: str, artifacts_dir: Path) -> Statistics
         flip_probability=method.flip_probability,
         threads=compute.threads,
     )
-    folder = artifacts_dir / "statistics" / f"{name}-{content_hash(plain(settings))}"
+    folder = join(artifacts_dir, "statistics", f"{name}-{content_hash(plain(settings))}")
     gpus = compute.gpus_per_train_worker
-    return StatisticsItem(name, spec.teacher_dirs[name], spec.dataset_dir, settings, str(folder), gpus)
+    return StatisticsItem(name, spec.teacher_dirs[name], spec.dataset_dir, settings, folder, gpus)
 
 
-def starts_item(spec: RunSpec, artifacts_dir: Path) -> StartsItem:
+def starts_item(spec: RunSpec, artifacts_dir: str | Path) -> StartsItem:
     """The pass over the real images that chooses what a run's images start from."""
     config, method = spec.config, spec.config.method
     assert config.images_per_class is not None, "refused by validation"
@@ -429,7 +439,7 @@ def starts_item(spec: RunSpec, artifacts_dir: Path) -> StartsItem:
     mosaic = Drawing(method.candidates, config.seed, tiles=method.mosaic_tiles, crops=method.mosaic_crops)
     settings = StartsSettings(
         kind="mosaic" if is_mosaic else method.selection.name,
-        judges=tuple(classifier_digest(Path(folder)) for folder in judge_dirs),
+        judges=tuple(classifier_digest(folder) for folder in judge_dirs),
         dataset=spec.dataset().content_hash,
         class_ids=tuple(spec.class_ids()),
         images_per_class=config.images_per_class,
@@ -438,13 +448,13 @@ def starts_item(spec: RunSpec, artifacts_dir: Path) -> StartsItem:
         regression=Drawing(method.candidates, config.seed) if is_regression else None,
         threads=config.compute.threads,
     )
-    folder = artifacts_dir / "starts" / f"{settings.kind}-{content_hash(plain(settings))}"
-    return StartsItem(judge_dirs, spec.dataset_dir, settings, str(folder), config.compute.gpus_per_train_worker)
+    folder = join(artifacts_dir, "starts", f"{settings.kind}-{content_hash(plain(settings))}")
+    return StartsItem(judge_dirs, spec.dataset_dir, settings, folder, config.compute.gpus_per_train_worker)
 
 
 def started_from(spec: RunSpec) -> Ledger:
     """The run of the same storage whose images this one starts from, see `method.init_run`."""
-    return Ledger(open_store(str(Path(spec.run_dir).parent / str(spec.config.method.init_run))))
+    return Ledger(open_store(join(split(spec.run_dir)[0], str(spec.config.method.init_run))))
 
 
 def check_starts(spec: RunSpec) -> None:
@@ -460,7 +470,7 @@ def check_starts(spec: RunSpec) -> None:
         if found < wanted:
             raise InputError(
                 f"method.init_run={method.init_run}: has {found} images, of which {wanted} are to start; "
-                f"name a run in {Path(spec.run_dir).parent} with as many, or lower images_per_class"
+                f"name a run in {split(spec.run_dir)[0]} with as many, or lower images_per_class"
             )
     if not needs_starts(config):
         return
@@ -488,16 +498,17 @@ def check_starts(spec: RunSpec) -> None:
             )
 
 
-def _digests(folder: Path) -> list[str]:
-    """sha256 of a classifier's weights and of its description, which holds its preprocessing."""
-    return [sha256_of_file(path) for path in (find_weights(folder), folder / "config.json")]
+def weights_sha256(folder: str | Path) -> str:
+    """Digest of the weights of a classifier, an artifact or a folder from elsewhere."""
+    return _digests(folder)[0]
 
 
-def artifact_facts(folder: str) -> dict[str, Any]:
-    """What was found out when an artifact was made; nothing where it is not complete."""
-    return read_json(open_store(folder), MARKER) or {}
-
-
-def classifier_digest(folder: Path) -> str:
+def classifier_digest(folder: str | Path) -> str:
     """Digest of a classifier's weights and of its description."""
     return content_hash(_digests(folder))
+
+
+def _digests(folder: str | Path) -> list[str]:
+    """sha256 of a classifier's weights and of its description, which holds its preprocessing."""
+    weights = WEIGHTS if is_remote(folder) else find_weights(Path(folder)).name
+    return [sha256_in(folder, name) for name in (weights, "config.json")]

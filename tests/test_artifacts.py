@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prism_ray import cli
+from prism_ray.artifacts import MARKER
 from prism_ray.config import Row
 from prism_ray.data.prepared import PreparedDataset, find_prepared
-from prism_ray.data.publish import MARKER
 from prism_ray.errors import PrismError
 from prism_ray.methods.inversion.statistics import matched_layers
 from prism_ray.methods.selection import herding
@@ -51,7 +51,7 @@ def run_of(storage: Path, *overrides: str) -> Run:
     """A run of other settings, with the data set and the teachers of the smoke recipe's own, whatever those say."""
     own, run = (locate(Row("row", cli.compose([*SMOKE, f"storage={storage}", *o]))) for o in ([], overrides))
     own.dataset = run.dataset = find_prepared(own.config.dataset, own.artifacts_dir)
-    run.teacher_dirs = {name: str(own.teacher_folder(name)) for name in used_teachers(own.config)}
+    run.teacher_dirs = {name: own.teacher_folder(name) for name in used_teachers(own.config)}
     return run
 
 

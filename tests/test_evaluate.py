@@ -114,7 +114,7 @@ def test_no_image_starts_from_one_that_students_are_measured_on(spec: RunSpec) -
 
 
 def test_a_validation_split_is_measured_without_the_test_images(spec: RunSpec) -> None:
-    for path in spec.dataset().paths("test"):
+    for path in map(Path, spec.dataset().addresses("test")):
         path.write_bytes(b"nobody reads this")
     looks = replace(spec.config, student=replace(spec.config.student, evaluate_every=5))
     item = StudentItem(replace(spec, config=looks), 0, LabelKind.soft)

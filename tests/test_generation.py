@@ -18,9 +18,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from pipelines import save_twin
 
 from prism_ray import cli
+from prism_ray.artifacts import MARKER
 from prism_ray.config import Row
 from prism_ray.data.imagenet_names import class_names
-from prism_ray.data.publish import MARKER
 from prism_ray.errors import PrismError
 from prism_ray.generation import generator_of
 from prism_ray.models.classifier import build_classifier, load_classifier, save_classifier

@@ -55,7 +55,7 @@ def test_a_published_unit_is_a_shard_and_its_receipt(ledger: Ledger) -> None:
 
 def test_publishing_the_same_bytes_again_changes_nothing(ledger: Ledger) -> None:
     first = ledger.publish(TABLE, receipt(), epoch=1)
-    path = ledger.store.path(first.key)
+    path = Path(ledger.store.url_of(first.key))
     before = path.stat()
     assert ledger.publish(TABLE, receipt(), epoch=2) == first
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -96,7 +96,7 @@ def test_the_same_bytes_made_by_other_settings_get_the_new_receipt(ledger: Ledge
 
 def test_a_damaged_shard_is_replaced_by_a_good_one(ledger: Ledger) -> None:
     first = ledger.publish(TABLE, receipt(), epoch=1)
-    path = ledger.store.path(first.key)
+    path = Path(ledger.store.url_of(first.key))
     path.write_bytes(path.read_bytes()[:-1])
     assert ledger.publish(TABLE, receipt(), epoch=1).sha256 == first.sha256
     assert ledger.verify() == []
@@ -114,7 +114,7 @@ def test_a_unit_without_its_receipt_or_of_the_wrong_size_is_not_done(ledger: Led
     published = ledger.publish(TABLE, receipt(), epoch=1)
     assert not ledger.is_done(None, {})
     assert not ledger.is_done(published, {"images/a": "new"})
-    ledger.store.path(published.key).write_bytes(b"short")
+    Path(ledger.store.url_of(published.key)).write_bytes(b"short")
     assert not ledger.is_done(published, {})
 
 
@@ -330,7 +330,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flip", "truncate", "empty", "delete"])
 def test_damage_is_found_by_name_set_aside_and_made_again(ledger: Ledger, how: str) -> None:
     published = ledger.publish(TABLE, receipt(), epoch=1)
-    damage(ledger.store.path(published.key), how)
+    damage(Path(ledger.store.url_of(published.key)), how)
     problems = ledger.verify()
     assert [(p["key"], p["stage"], p["name"]) for p in problems] == [(published.key, "synthesize", NAME)]
     ledger.record_damage(problems)
@@ -344,7 +344,7 @@ def test_damage_is_found_by_name_set_aside_and_made_again(ledger: Ledger, how: s
 
 def test_every_bit_of_a_shard_is_covered(ledger: Ledger) -> None:
     published = ledger.publish(TABLE, receipt(), epoch=1)
-    path = ledger.store.path(published.key)
+    path = Path(ledger.store.url_of(published.key))
     good = path.read_bytes()
     for position in range(0, len(good), 7):
         path.write_bytes(good[:position] + bytes([good[position] ^ 0x80]) + good[position + 1 :])
@@ -353,9 +353,9 @@ def test_every_bit_of_a_shard_is_covered(ledger: Ledger) -> None:
 
 def test_a_repaired_report_of_damage_does_not_touch_a_good_object(ledger: Ledger) -> None:
     published = ledger.publish(TABLE, receipt(), epoch=1)
-    damage(ledger.store.path(published.key), "flip")
+    damage(Path(ledger.store.url_of(published.key)), "flip")
     ledger.record_damage(ledger.verify())
-    damage(ledger.store.path(published.key), "flip")  # the same bit back
+    damage(Path(ledger.store.url_of(published.key)), "flip")  # the same bit back
     assert ledger.set_damaged_aside() == []
     assert ledger.receipts("synthesize") == {NAME: published}
 
@@ -370,6 +370,6 @@ def test_a_foreign_file_is_reported_and_left_alone(ledger: Ledger) -> None:
 
 def test_a_damaged_receipt_is_one_line_with_its_path(ledger: Ledger) -> None:
     ledger.publish(TABLE, receipt(), epoch=1)
-    ledger.store.path(f"receipts/synthesize/{NAME}.json").write_bytes(b"")
+    Path(ledger.store.url_of(f"receipts/synthesize/{NAME}.json")).write_bytes(b"")
     with pytest.raises(PrismError, match=rf"receipts/synthesize/{NAME}\.json: damaged"):
         ledger.receipts("synthesize")

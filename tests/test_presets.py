@@ -47,7 +47,7 @@ def synthesized(storage: Path, *overrides: str) -> Path:
     """The folder of a run that has made its images."""
     settings = [*SMOKE, STAGES, f"storage={storage}", *overrides]
     assert cli.main(["run", *settings]) == 0
-    return locate(Row("row", cli.compose(settings))).store.root
+    return Path(locate(Row("row", cli.compose(settings))).store.url)
 
 
 def shard_rows(run_dir: Path) -> list[dict[str, Any]]:

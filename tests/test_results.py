@@ -266,7 +266,7 @@ def test_correcting_a_teachers_configuration_makes_another_artifact(spec: RunSpe
     config = spec.config
     teacher = replace(config.teachers.models["vgg"], source=str(folder))
 
-    def artifact() -> Path:
+    def artifact() -> str:
         return teacher_folder("vgg", teacher, config.teach, spec.dataset(), tmp_path, 1)
 
     before = artifact()

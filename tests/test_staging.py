@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from pipelines import save_twin
 
-from prism_ray.data.publish import MARKER
+from prism_ray.artifacts import MARKER
 from prism_ray.errors import InputError
 from prism_ray.models.generators import Placement, load_generator
 from prism_ray.staging import check_elsewhere, found_here, is_elsewhere, staged
@@ -36,11 +36,11 @@ def test_a_model_is_copied_once_and_loads(shared: str, tmp_path: Path) -> None:
     folder = staged(shared, tmp_path)
     fsspec.filesystem("memory").store.clear()
     assert staged(shared, tmp_path) == folder == found_here(shared, tmp_path)
-    assert load_generator(folder, placement=Placement(torch.device("cpu"))).takes_text
+    assert load_generator(Path(folder), placement=Placement(torch.device("cpu"))).takes_text
 
 
 def test_nothing_that_could_run_code_is_copied(shared: str, tmp_path: Path) -> None:
-    folder = staged(shared, tmp_path)
+    folder = Path(staged(shared, tmp_path))
     names = {path.name for path in folder.rglob("*") if path.is_file()}
     assert not {"run.py", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"} & names
     listed = json.loads((folder / MARKER).read_text())
@@ -63,7 +63,7 @@ def test_a_copy_that_was_cut_off_is_no_copy(shared: str, tmp_path: Path, monkeyp
         staged(shared, tmp_path)
     assert found_here(shared, tmp_path) is None
     monkeypatch.undo()
-    assert (staged(shared, tmp_path) / MARKER).is_file()
+    assert Path(staged(shared, tmp_path), MARKER).is_file()
 
 
 def test_an_empty_address_is_refused(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@
         train-00000.parquet ...  test-00000.parquet ...     `schema.REAL_COLUMNS`, PNG, Hugging Face metadata
         dataset.json                                        written last: names, counts, statistics, checksums
 
-The hash covers the settings that affect the pixels and a fingerprint of the source's files. The folder is built beside
-its place and renamed into it, so it is complete or absent, and preparing it twice at once is harmless.
+The hash covers the settings that affect the pixels and a fingerprint of the source's files. It is an artifact, see
+`prism_ray.artifacts`: complete or absent, and preparing it twice at once is harmless. From an object store a node
+copies the files whose pixels it reads; of the others it reads the columns it needs.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_ray import schema
+from prism_ray.artifacts import (
+    damaged_files,
+    is_complete,
+    join,
+    listing_of,
+    local_folder,
+    publish_built,
+    write_durably,
+)
 from prism_ray.config import DatasetConfig
 from prism_ray.data import imagenet_names
 from prism_ray.data.pixels import decode_png, fit
-from prism_ray.data.publish import published_folder, write_durably
 from prism_ray.data.records import SPLITS, RealImage, RealSource, Split
 from prism_ray.data.shards import ShardFile, SplitSummary, write_split
 from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line
 from prism_ray.identity import content_hash, plain, walk
 from prism_ray.options import Source
-from prism_ray.storage import sha256_of_file
+from prism_ray.storage import is_remote, open_store, sha256_of_file
 
 SUMMARY = "dataset.json"
 
@@ -49,7 +58,7 @@ def check_dataset(dataset: DatasetConfig) -> list[str]:
     return source.class_names
 
 
-def prepare_dataset(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDataset":
+def prepare_dataset(dataset: DatasetConfig, artifacts_dir: str | Path) -> "PreparedDataset":
     """The prepared data set of these settings and this source, made if it is not there yet.
 
     Raises:
@@ -58,18 +67,21 @@ def prepare_dataset(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDat
     source = open_source(dataset)
     fingerprint = source.fingerprint()
     folder = _folder(dataset, artifacts_dir, fingerprint)
-    if not (folder / SUMMARY).exists():
+    if not is_complete(folder, marker=SUMMARY):
         source.check()
-        with published_folder(folder, marker=SUMMARY) as building:
+
+        def build(building: Path) -> None:
             summary = _write(source, dataset, building) | {"source_fingerprint": fingerprint}
             write_durably(building / SUMMARY, _json_lines(summary))
+
+        publish_built(folder, build, marker=SUMMARY)
     return PreparedDataset.open(folder)
 
 
-def find_prepared(dataset: DatasetConfig, artifacts_dir: Path) -> "PreparedDataset | None":
+def find_prepared(dataset: DatasetConfig, artifacts_dir: str | Path) -> "PreparedDataset | None":
     """The prepared data set of these settings and this source, None if it was not made yet."""
     folder = _folder(dataset, artifacts_dir, open_source(dataset).fingerprint())
-    return PreparedDataset.open(folder) if (folder / SUMMARY).exists() else None
+    return PreparedDataset.open(folder) if is_complete(folder, marker=SUMMARY) else None
 
 
 def class_names_hash(class_names: Sequence[str]) -> str:
@@ -79,12 +91,12 @@ def class_names_hash(class_names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """A prepared folder. Opening reads `dataset.json` and file sizes only; tables are read when asked for.
+    """A prepared data set. Opening reads `dataset.json` and file sizes only; tables are read when asked for.
 
     A data set of class names alone is one without images in either split.
     """
 
-    folder: Path
+    url: str  # its folder, or its address in an object store
     name: str
     class_names: list[str]
     image_size: int  # pixels
@@ -96,31 +108,35 @@ class PreparedDataset:
     files: list[ShardFile]
 
     @classmethod
-    def open(cls, folder: Path) -> "PreparedDataset":
+    def open(cls, folder: str | Path) -> "PreparedDataset":
         """Raises `PrismError` if the folder is not a complete prepared data set of a known version."""
-        folder = Path(folder)
+        url = str(folder)
         try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            summary = json.loads((local_folder(url, only=[SUMMARY]) / SUMMARY).read_text(encoding="utf-8"))
             if summary["version"] > schema.VERSION:
                 raise PrismError(
-                    f"data set {str(folder)!r}: version {summary['version']} is newer than {schema.VERSION}, "
+                    f"data set {url!r}: version {summary['version']} is newer than {schema.VERSION}, "
                     "the newest known; update prism_ray"
                 )
             files = [ShardFile(**file) for file in summary.pop("files")]
-            dataset = cls(folder, files=files, **{key: summary[key] for key in _SUMMARY_FIELDS})
+            dataset = cls(url, files=files, **{key: summary[key] for key in _SUMMARY_FIELDS})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrismError(
-                f"data set {str(folder)!r}: not a prepared data set ({one_line(error)}); "
-                "delete the folder and prepare again"
+                f"data set {url!r}: not a prepared data set ({one_line(error)}); delete the folder and prepare again"
             ) from error
+        sizes = _sizes(url)
         for file in files:
-            path = folder / file.name
-            if not path.is_file() or path.stat().st_size != file.size_bytes:
+            if sizes.get(file.name) != file.size_bytes:
                 raise PrismError(
-                    f"data set {str(folder)!r}: {file.name} is missing or has the wrong size; "
+                    f"data set {url!r}: {file.name} is missing or has the wrong size; "
                     f"expected {file.size_bytes} bytes; delete the folder and prepare again"
                 )
         return dataset
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are in local storage, or this node's copies of those that were used."""
+        return local_folder(self.url, only=[SUMMARY])
 
     @property
     def num_classes(self) -> int:
@@ -146,9 +162,10 @@ class PreparedDataset:
     def num_images(self, split: Split) -> int:
         return sum(self.counts[split])
 
-    def paths(self, split: Split) -> list[Path]:
-        """The parquet files of a split, in order."""
-        return [self.folder / file.name for file in self.files if file.split == split]
+    def addresses(self, split: Split) -> list[str]:
+        """The parquet files of a split, in order: paths, or addresses in an object store."""
+        folder = join(self.url, listing_of(self.url).version) if is_remote(self.url) else self.url
+        return [join(folder, file.name) for file in self.files if file.split == split]
 
     def labels(self, split: Split) -> np.ndarray:
         """Class ids in source order: int64 (N,)."""
@@ -188,15 +205,21 @@ class PreparedDataset:
 
     def verify(self) -> list[str]:
         """Names of the files whose bytes are not those that were written; empty if all is well."""
+        if is_remote(self.url):
+            return damaged_files(self.url)
         return [file.name for file in self.files if not self._is_whole(file)]
 
     def _is_whole(self, file: ShardFile) -> bool:
         path = self.folder / file.name
         return path.is_file() and sha256_of_file(path) == file.sha256
 
+    def _path(self, file: ShardFile) -> Path:
+        """A file as one of this node."""
+        return local_folder(self.url, only=[file.name]) / file.name
+
     def _column(self, split: Split, name: str) -> pa.ChunkedArray:
         kind = dict(schema.REAL_COLUMNS)[name]
-        chunks = [chunk for path in self.paths(split) for chunk in _read_column(path, name).chunks]
+        chunks = [chunk for address in self.addresses(split) for chunk in _read_column(address, name).chunks]
         return pa.chunked_array(chunks, type=kind)
 
     def _png_groups(self, split: Split, ascending: np.ndarray) -> Iterator[tuple[int, pa.ChunkedArray]]:
@@ -209,7 +232,7 @@ class PreparedDataset:
         file_first = 0
         for file in (file for file in self.files if file.split == split):
             if holds_any(file_first, file.rows):
-                with pq.ParquetFile(self.folder / file.name) as parquet:
+                with pq.ParquetFile(self._path(file)) as parquet:
                     first = file_first
                     for group in range(parquet.num_row_groups):
                         rows = parquet.metadata.row_group(group).num_rows
@@ -224,7 +247,7 @@ class PreparedDataset:
             pixels = decode_png(png)
         except (OSError, SyntaxError, ValueError) as error:
             raise PrismError(
-                f"data set {str(self.folder)!r}: {split} image {row} is damaged ({one_line(error)}); "
+                f"data set {self.url!r}: {split} image {row} is damaged ({one_line(error)}); "
                 "delete the folder and prepare again"
             ) from error
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
@@ -233,8 +256,15 @@ class PreparedDataset:
 _SUMMARY_FIELDS = ("name", "class_names", "image_size", "channels", "counts", "mean", "std", "split")
 
 
-def _folder(dataset: DatasetConfig, artifacts_dir: Path, fingerprint: str) -> Path:
-    return Path(artifacts_dir) / "datasets" / f"{dataset.name}-{_dataset_hash(dataset, fingerprint)}"
+def _folder(dataset: DatasetConfig, artifacts_dir: str | Path, fingerprint: str) -> str:
+    return join(artifacts_dir, "datasets", f"{dataset.name}-{_dataset_hash(dataset, fingerprint)}")
+
+
+def _sizes(url: str) -> dict[str, int]:
+    """Bytes of the files of a data set by name."""
+    if is_remote(url):
+        return {name: facts["bytes"] for name, facts in listing_of(url).files.items()}
+    return {path.name: path.stat().st_size for path in Path(url).iterdir() if path.is_file()}
 
 
 def _dataset_hash(dataset: DatasetConfig, fingerprint: str) -> str:
@@ -297,6 +327,16 @@ def _json_lines(content: dict[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _read_column(path: Path, name: str) -> pa.ChunkedArray:
-    with pq.ParquetFile(path) as file:
+def _read_column(address: str, name: str) -> pa.ChunkedArray:
+    if is_remote(address):
+        return _read_remote_column(address, name)
+    with pq.ParquetFile(address) as file:
+        return file.read(columns=[name]).column(name)
+
+
+@lru_cache(maxsize=4096)
+def _read_remote_column(address: str, name: str) -> pa.ChunkedArray:
+    """Read once per process: it never changes, and costs a few requests each time."""
+    folder, _, file_name = address.rpartition("/")
+    with open_store(folder).open(file_name) as source, pq.ParquetFile(source) as file:
         return file.read(columns=[name]).column(name)

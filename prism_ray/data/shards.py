@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from prism_ray import schema
+from prism_ray.artifacts import write_durably
 from prism_ray.data.pixels import encode_png
-from prism_ray.data.publish import write_durably
 from prism_ray.data.records import RealImage, Split
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ def check_shifted(dataset: DatasetConfig, class_names: Sequence[str], name: str,
     class_ids_in(class_names, check_dataset(shifted_source(dataset, name, where)), name=name)
 
 
-def prepare_shifted(dataset: DatasetConfig, name: str, where: str, artifacts_dir: Path) -> PreparedDataset:
+def prepare_shifted(dataset: DatasetConfig, name: str, where: str, artifacts_dir: str | Path) -> PreparedDataset:
     """The prepared set; both of its splits are for testing."""
     return prepare_dataset(shifted_source(dataset, name, where), artifacts_dir)
 

@@ -15,6 +15,7 @@ from prism_ray.export.onnx_file import write_onnx
 from prism_ray.export.parts import check_images, find_student, missing_images
 from prism_ray.inspection import open_existing
 from prism_ray.runs import Run
+from prism_ray.storage import is_remote
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,11 @@ def _wanted(config: Config) -> dict[str, Format]:
 
 def _root(run: Run) -> Path:
     folder = run.config.export.folder
-    return run.store.path("export") if folder is None else Path(folder).expanduser().absolute()
+    if folder is not None:
+        return Path(folder).expanduser().absolute()
+    if is_remote(run.store.url):
+        raise InputError(f"export.folder=null: would be in {run.store.url}; give a local folder, export.folder=DIR")
+    return Path(run.store.url_of("export"))
 
 
 FORMATS: dict[str, Format] = {

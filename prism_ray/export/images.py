@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from prism_ray.data.publish import write_durably
+from prism_ray.artifacts import write_durably
 from prism_ray.errors import InputError
 from prism_ray.export.parts import read_published, shards, summary_for_card
 from prism_ray.ledger import Receipt

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from prism_ray.data.publish import write_durably
+from prism_ray.artifacts import write_durably
 from prism_ray.export.parts import student_files, summary_for_card
 from prism_ray.report.model_card import render_model_card
 from prism_ray.report.origins import licences_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prism_ray.data.publish import write_durably
+from prism_ray.artifacts import write_durably
 from prism_ray.errors import InputError, PrismError, shortened
 from prism_ray.export.parts import student_files
 from prism_ray.models.classifier import Classifier, load_classifier

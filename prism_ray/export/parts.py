@@ -27,7 +27,7 @@ def read_published(run: Run, key: str, sha256: str) -> bytes:
         data = None
     if data is None or sha256_of(data) != sha256:
         raise PrismError(
-            f"{run.store.path(key)}: is missing or differs from its receipt; "
+            f"{run.store.url_of(key)}: is missing or differs from its receipt; "
             "`prism-ray verify` with repair=true makes it again"
         )
     return data

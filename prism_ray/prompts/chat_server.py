@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from prism_ray.errors import InputError, PrismError
 from prism_ray.prompts.write import Author, Messages
-from prism_ray.storage import LocalStore, read_json, sha256_of, to_json
+from prism_ray.storage import open_store, read_json, sha256_of, to_json
 
 SOURCE = "http"
 WORTH_ANOTHER_TRY = (408, 429, 500, 502, 503, 504)
@@ -37,7 +37,7 @@ class ChatServer:
     Attributes:
         url: up to the version, such as http://127.0.0.1:8000/v1.
         model: its name there.
-        cache_dir: where answers are kept.
+        cache_dir: address of the folder in which answers are kept.
         api_key_variable: environment variable that holds the key; no key is sent if it is unset or empty.
         timeout_s: of one try, to the last byte of its answer.
         max_retries: tries after the first.
@@ -45,7 +45,7 @@ class ChatServer:
 
     url: str
     model: str
-    cache_dir: Path
+    cache_dir: str | Path
     api_key_variable: str = "OPENAI_API_KEY"
     timeout_s: float = 60.0
     max_retries: int = 3
@@ -66,7 +66,7 @@ def author_behind(server: ChatServer) -> Author:
         ServerError: no answer after all tries, or one that says the question is wrong (status 4xx).
     """
     opener = urllib.request.build_opener(_NoRedirect)
-    store = LocalStore(server.cache_dir)
+    store = open_store(str(server.cache_dir))
 
     def ask(messages: Messages) -> str:
         question = {"model": server.model, "messages": messages, "temperature": 0, "max_tokens": ANSWER_TOKENS}

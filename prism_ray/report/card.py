@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prism_ray import schema
 from prism_ray.report import format as text
 from prism_ray.report.contents import KINDS, RunSummary
-from prism_ray.report.files import write_document
 from prism_ray.report.origins import licence_header, origins
 from prism_ray.weights import OWN_ARCHITECTURES
 
@@ -65,15 +63,6 @@ class LabelTable:
     metadata: dict[str, str]
 
 
-def write_card(summary: RunSummary, path: Path, *, licences: Mapping[str, str | None] | None = None) -> None:
-    """Write the card to `path` (README.md of the run folder), replacing what is there as a whole.
-
-    Raises:
-        StorageError, InputError: the folder cannot be written.
-    """
-    write_document(path, render_card(summary, licences=licences))
-
-
 def render_card(
     summary: RunSummary,
     *,
@@ -81,7 +70,7 @@ def render_card(
     is_repository: bool = False,
     label_table: LabelTable | None = None,
 ) -> str:
-    """The card of `write_card`; paths in it are relative to its folder.
+    """README.md of a run folder; paths in it are relative to that.
 
     Args:
         licences: see `origins.licences_of`; None: nothing is stated.

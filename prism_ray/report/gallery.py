@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from PIL import Image, UnidentifiedImageError
 
 from prism_ray.errors import InputError
 from prism_ray.report.comparison import one_per_image_set
 from prism_ray.report.contents import RunSummary
+from prism_ray.storage import open_store
 
 IMAGES_PER_ROW = 10
 MAX_CLASSES = 100
@@ -166,10 +166,10 @@ def _read_images(path: str, rows: np.ndarray) -> list[_Stored]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
-    """A shard on any fsspec URL, closed at the end."""
-    system, name = url_to_fs(path)
+    """A shard of any storage, closed at the end."""
+    folder, _, name = path.rpartition("/")
     try:
-        with system.open(name, "rb") as source:
+        with open_store(folder or ".").open(name) as source:
             yield pq.ParquetFile(source)
     except FileNotFoundError as error:
         raise InputError(f"{path}: the shard is missing; run `prism-ray verify repair=true` on its run") from error

@@ -5,7 +5,6 @@ The same summaries and shards give the same bytes: there is no clock, no host na
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -25,16 +24,15 @@ from prism_ray.report.comparison import (
     teacher_rows,
 )
 from prism_ray.report.contents import KINDS, SET_MEASURES, Diversity, RunSummary, SearchResult
-from prism_ray.report.files import write_document
 from prism_ray.report.gallery import MAX_SIDE, build_gallery
 from prism_ray.report.plots import accuracy_plot, cosine_plot, energy_plot, loss_plot, storage_plot
 from prism_ray.report.ranking import baseline_of, missing_notes, ranked_rows, score_rows
 
 
-def write_report(
-    summaries: Sequence[RunSummary], path: Path, *, title: str, command: str, references: Mapping[str, str] = {}
-) -> None:
-    """Write the report over `summaries`, in their order, to `path`, replacing what is there as a whole.
+def render_report(
+    summaries: Sequence[RunSummary], *, title: str, command: str, references: Mapping[str, str] = {}
+) -> str:
+    """The report over `summaries`, in their order.
 
     Args:
         command: the one that makes this report again.
@@ -42,16 +40,8 @@ def write_report(
 
     Raises:
         InputError: no run, runs that have no common table, or a missing shard.
-        StorageError: no space left.
     """
     check_comparable(summaries)
-    write_document(path, render_report(summaries, title=title, command=command, references=references))
-
-
-def render_report(
-    summaries: Sequence[RunSummary], *, title: str, command: str, references: Mapping[str, str] = {}
-) -> str:
-    """The page of `write_report`."""
     settings = differences(summaries)
     groups, renamed = protocol_groups(settings), renamed_weights(summaries)
     scores = score_rows(summaries, references)

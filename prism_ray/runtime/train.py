@@ -5,12 +5,10 @@ of the list are trained by all workers together, one after another, and the rest
 """
 
 import contextlib
-import json
 import os
-import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,13 +21,11 @@ from prism_ray.errors import ExitCode, InputError, PrismError, one_line
 from prism_ray.runtime.session import fitting
 from prism_ray.stages.data_parallel import Group
 from prism_ray.stages.item_worker import ItemWorker
-from prism_ray.work import Item, StudentItem, scratch_dir
+from prism_ray.storage import Store, open_store, read_json, to_json
+from prism_ray.work import TROUBLES, Item, StudentItem, address_of
 
 MAX_FAILURES = 3
 """Restarts of a training group; each continues from the checkpoints, so a restart costs little."""
-
-ERRORS = "error-*.json"
-"""Files of the shared folder in which workers say what the driver is to raise."""
 
 RESIZE_CHECK_S = 30.0
 """How often an elastic group looks whether it could have more workers again; it restarts to take them in."""
@@ -45,17 +41,20 @@ def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
         resources_per_worker={"CPU": 1.0, **({"GPU": gpus_each} if gpus_each > 0 else {})},
         elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
     )
-    with _shared_folder(items[0]) as shared:
+    store, folder = open_store(address_of(items[0])), f"{TROUBLES}/{uuid.uuid4().hex}"
+    with tempfile.TemporaryDirectory(prefix="prism_ray-train-") as own, contextlib.ExitStack() as stack:
+        stack.callback(store.remove, folder)
         trainer = TorchTrainer(
             _train_share,
-            train_loop_config={"items": list(items), "shared": str(shared), "are_joint": are_joint},
+            train_loop_config={"items": list(items), "troubles": (store.url, folder), "are_joint": are_joint},
             # NCCL refuses two workers on one GPU.
             torch_config=TorchConfig(backend="gloo" if 0 < gpus_each < 1 else None),
             scaling_config=scaling,
             # Checkpoints are the items' own, in the run folder, where inline runs and later commands find them too.
+            # None is given to Ray, and so it looks at its own storage where it made it, on this node, and nowhere else.
             run_config=ray.train.RunConfig(
                 name="ray_train",
-                storage_path=str(shared),
+                storage_path=own,
                 failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
@@ -64,7 +63,7 @@ def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
                 trainer.fit()
         except (RayError, ray.train.TrainingFailedError) as error:
             raise PrismError(f"training failed: {_innermost(error)}; run the same command to continue") from error
-        _raise_reported(shared)
+        _raise_reported(store, folder)
 
 
 def _joint_workers(compute: ComputeConfig) -> int | tuple[int, int]:
@@ -85,17 +84,6 @@ def _separate_workers(compute: ComputeConfig, todo: int) -> int:
     )
 
 
-@contextlib.contextmanager
-def _shared_folder(item: Item) -> Iterator[Path]:
-    """A folder that driver and workers reach while they train; beside what the items make."""
-    folder = scratch_dir(item) / f".train-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _train_share(config: dict[str, Any]) -> None:
     """A training worker: every n-th item of the list, after the students that all workers train together, if any.
 
@@ -103,11 +91,12 @@ def _train_share(config: dict[str, Any]) -> None:
     """
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    shared = Path(config["shared"])
+    url, folder = config["troubles"]
+    store = open_store(url)
     joint, separate = [], []
     for item in config["items"]:
         (joint if config["are_joint"] and isinstance(item, StudentItem) else separate).append(item)
-    if joint and list(shared.glob(ERRORS)):
+    if joint and store.keys(folder):
         return  # a group that starts again after an error that trying again can't mend
     worker = ItemWorker()
     try:
@@ -118,15 +107,16 @@ def _train_share(config: dict[str, Any]) -> None:
     except PrismError as error:
         # Trying again can't help; an exception would have Ray restart the group.
         content = {"message": one_line(error), "exit_code": int(error.exit_code)}
-        (shared / f"error-{rank:03d}.json").write_text(json.dumps(content))
+        store.put(f"{folder}/{rank:03d}.json", to_json(content))
         if joint and size > 1:
             raise  # Ray then ends the others too, which may wait for this one
 
 
-def _raise_reported(shared: Path) -> None:
+def _raise_reported(store: Store, folder: str) -> None:
     """Raise what a worker could not mend by trying again."""
-    for path in sorted(shared.glob(ERRORS)):
-        content = json.loads(path.read_text())
+    for key in store.keys(folder):
+        content = read_json(store, key)
+        assert content is not None, "written once"
         raise (InputError if content["exit_code"] == ExitCode.bad_input else PrismError)(content["message"])
 
 

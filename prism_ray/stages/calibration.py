@@ -7,13 +7,12 @@
 
 import math
 import time
-from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from prism_ray.data.publish import publish_files
+from prism_ray.artifacts import artifact_facts, publish_files
 from prism_ray.identity import plain
 from prism_ray.methods.diffusion.adaptation import strengths, wide_shares
 from prism_ray.methods.diffusion.energies import margin_of, teacher_energy
@@ -24,7 +23,7 @@ from prism_ray.seeds import seed_for
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
 from prism_ray.stages.guided import Candidate, Margins, begun
 from prism_ray.stages.sampling_parts import prompts_by_class, sampler_for
-from prism_ray.work import CalibrationItem, RunSpec, artifact_facts
+from prism_ray.work import CalibrationItem, RunSpec
 
 
 def make_calibration(item: CalibrationItem) -> None:
@@ -70,7 +69,7 @@ def make_calibration(item: CalibrationItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {}, facts=found)
+    publish_files(item.folder, {}, facts=found)
 
 
 def _apart(features: Tensor) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import torch
 
+from prism_ray.artifacts import local_folder
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.models.classifier import Classifier, build_classifier, frozen, load_classifier
 from prism_ray.work import RunSpec
@@ -25,7 +26,7 @@ def teacher_of(spec: RunSpec, name: str, device: torch.device) -> Classifier:
 @lru_cache(maxsize=32)
 def load_frozen(folder: str, device: str) -> Classifier:
     """A classifier from a local-dir folder, in eval mode, without gradients of its own."""
-    return frozen(load_classifier(Path(folder))).to(device)
+    return frozen(load_classifier(local_folder(folder))).to(device)
 
 
 def untrained(dataset: PreparedDataset, arch: str, model_args: Mapping[str, Any], *, seed: int) -> Classifier:

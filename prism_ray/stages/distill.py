@@ -5,17 +5,15 @@ A learning rate is tried in the same way, with a validation split in the place o
 
 import json
 import math
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prism_ray.artifacts import StoredFile, join, split
 from prism_ray.config import Config, student_steps
 from prism_ray.errors import InputError, PrismError, within
 from prism_ray.identity import config_hash, content_hash
@@ -44,7 +42,7 @@ from prism_ray.stages.training import (
     fit,
     num_parameters,
 )
-from prism_ray.storage import TEMPORARY, publish_folder, sha256_of_file, to_json
+from prism_ray.storage import sha256_of_file, to_json
 from prism_ray.work import DISTILL, RunSpec, SearchItem, StudentItem, chosen_lr, learned_from, starts_item
 
 HELD_OUT = 0.2
@@ -77,7 +75,7 @@ class Distiller:
             store.put(key, b"".join(json.dumps(entry).encode() + b"\n" for entry in history))
 
         checkpoints = Checkpoints(
-            path=store.path(f"checkpoints/student/{item.name}.safetensors"),
+            file=StoredFile(store, f"checkpoints/student/{item.name}.safetensors"),
             every=config.student.checkpoint_every,
             identity=content_hash([config_hash(config), item.name, inputs, lr]),
             after=keep,
@@ -101,7 +99,7 @@ class Distiller:
                 _publish(
                     item, classifier, facts, measured, inputs=inputs, seconds=record.seconds * group.size, device=device
                 )
-                checkpoints.path.unlink(missing_ok=True)
+                checkpoints.file.remove()
         group.wait()
 
     def search(self, item: SearchItem) -> None:
@@ -118,7 +116,7 @@ class Distiller:
         inputs, store = learned_from(spec, item.labels), spec.ledger().store
         device = pick_device(config.compute.gpus_per_train_worker)
         checkpoints = Checkpoints(
-            path=store.path(f"checkpoints/search/{item.name}.safetensors"),
+            file=StoredFile(store, f"checkpoints/search/{item.name}.safetensors"),
             every=config.student.checkpoint_every,
             identity=content_hash([config_hash(config), "search", item.name, inputs]),
             after=lambda history: check_epoch(store, spec.epoch),
@@ -141,7 +139,7 @@ class Distiller:
         }
         check_epoch(store, spec.epoch)
         store.put(item.key, to_json(result))
-        checkpoints.path.unlink(missing_ok=True)
+        checkpoints.file.remove()
 
     def _training_set(
         self, item: StudentItem | SearchItem, inputs: dict[str, str], device: torch.device
@@ -303,7 +301,7 @@ def _started_from(spec: RunSpec) -> set[int]:
     """Real training images that teachers chose for a run's images to start from."""
     if not needs_starts(spec.config):
         return set()
-    item = starts_item(spec, Path(spec.run_dir).parents[1] / "artifacts")
+    item = starts_item(spec, join(split(split(spec.run_dir)[0])[0], "artifacts"))
     if not item.is_done:
         raise PrismError(f"{item.folder}: missing, which real images were chosen; run synthesize again")
     return {start.row for tiles in Starts.open(item.folder).tiles.values() for start in tiles}
@@ -364,8 +362,7 @@ def _publish(
     """The student's folder in timm's local-dir form, then its receipt, which alone says how fast it was made."""
     ledger = item.spec.ledger()
     key = f"student/{item.name}"
-    built = ledger.store.path(f"{TEMPORARY}/{uuid.uuid4().hex}")
-    try:
+    with ledger.store.built_folder() as built:
         save_classifier(classifier, built, class_names=item.spec.dataset().class_names, extra=facts)
         weights = built / "model.safetensors"
         files = {path.name: sha256_of_file(path) for path in sorted(built.iterdir())}
@@ -383,12 +380,6 @@ def _publish(
             details={**facts, **measured, "files": files},
         )
         check_epoch(ledger.store, item.spec.epoch)
-        ledger.store.remove(key)  # trained from other inputs, or left without a receipt
-        ledger.store.path(key).parent.mkdir(parents=True, exist_ok=True)
-        if not publish_folder(built, ledger.store.path(key)):
-            raise PrismError(
-                f"{ledger.store.path(key)}: could not be replaced; remove it and run the same command again"
-            )
+        # What is there was trained from other inputs, or left without a receipt.
+        ledger.store.publish_folder(built, key)
         ledger.write_receipt(receipt)
-    finally:
-        shutil.rmtree(built, ignore_errors=True)

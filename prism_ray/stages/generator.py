@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prism_ray.artifacts import MARKER, StoredFile, join, publish_built, split
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import MARKER, publish_built
 from prism_ray.generator_files import TINY_DECODER
 from prism_ray.methods.attributes import apply_attributes, draw_values
 from prism_ray.methods.distillation import batch_of_step
@@ -40,7 +40,7 @@ def make_generator(item: GeneratorItem) -> None:
     """Train one generator; nothing to do if its folder is there."""
     if item.is_done:
         return
-    dataset, world = PreparedDataset.open(Path(item.dataset_dir)), item.world
+    dataset, world = PreparedDataset.open(item.dataset_dir), item.world
     device, started = pick_device(item.gpus), time.perf_counter()
     with deterministic(world.threads):
         pipe, tiny = build_world(
@@ -64,9 +64,9 @@ def make_generator(item: GeneratorItem) -> None:
         tiny.save_pretrained(folder / TINY_DECODER, safe_serialization=True)
         (folder / MARKER).write_bytes(to_json(facts))
 
-    publish_built(Path(item.folder), build)
+    publish_built(item.folder, build)
     for name in PARTS:
-        course.checkpoint(name).unlink(missing_ok=True)
+        course.checkpoint(name).remove()
 
 
 PARTS = ("vae", "decoder", "unet")
@@ -138,9 +138,9 @@ class _Courses:
             seed=seed_for(self.world.seed, "noise", name),
             ema_decay=ema_decay,
         )
-        identity = f"{Path(self.item.folder).name} {name}"
+        identity = f"{split(self.item.folder)[1]} {name}"
         checkpoints = Checkpoints(
-            path=self.checkpoint(name), every=self.world.checkpoint_every, identity=identity, keep_last=True
+            file=self.checkpoint(name), every=self.world.checkpoint_every, identity=identity, keep_last=True
         )
         kept, record = fit(
             network,
@@ -151,10 +151,10 @@ class _Courses:
         )
         return kept, record.history[-1]["loss"]
 
-    def checkpoint(self, name: str) -> Path:
+    def checkpoint(self, name: str) -> StoredFile:
         """File of an unfinished training."""
-        folder = Path(self.item.folder)
-        return folder.with_name(f".{folder.name}.{name}.checkpoint.safetensors")
+        parent, artifact = split(self.item.folder)
+        return StoredFile.at(join(parent, f".{artifact}.{name}.checkpoint.safetensors"))
 
 
 class _Autoencoding(nn.Module):

@@ -17,7 +17,7 @@ from prism_ray.work import (
     StatisticsItem,
     StudentItem,
     TeacherItem,
-    scratch_dir,
+    address_of,
 )
 
 
@@ -29,7 +29,7 @@ class ItemWorker:
 
     def process(self, item: Item, group: Group = ALONE) -> None:
         """Do one item and publish its result; a full disk is one line. Only a student is for a whole group."""
-        with storage_errors(scratch_dir(item)):
+        with storage_errors(address_of(item)):
             if isinstance(item, TeacherItem):
                 make_teacher(item)
             elif isinstance(item, GeneratorItem):

@@ -8,9 +8,8 @@ decides is this project's.
 """
 
 import time
-from pathlib import Path
 
-from prism_ray.data.publish import publish_files
+from prism_ray.artifacts import publish_files
 from prism_ray.identity import plain
 from prism_ray.methods.diffusion.guidance import Guidance
 from prism_ray.methods.set_metrics import class_agreement
@@ -53,4 +52,4 @@ def make_phrases(item: PhrasesItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {}, facts=found)
+    publish_files(item.folder, {}, facts=found)

@@ -8,8 +8,6 @@ shards; workers of a node share it, and the last one that closes it deletes it. 
 import fcntl
 import io
 import os
-import stat
-import tempfile
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prism_ray.errors import InputError
+from prism_ray.artifacts import node_folder
 from prism_ray.identity import content_hash
 from prism_ray.storage import Store, abandoned, storage_errors, sync_path
 
@@ -130,7 +128,7 @@ def mapped_pixels(store: Store, shards: Mapping[str, str], *, folder: Path | Non
     Args:
         folder: where the file lies; None for one of this user's in the system's folder for temporary files (TMPDIR).
     """
-    folder = scratch_folder() if folder is None else folder
+    folder = node_folder() if folder is None else folder
     path = folder / f"images-{content_hash(list(shards.items()))}.arrow"
     with storage_errors(path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -144,20 +142,10 @@ def mapped_pixels(store: Store, shards: Mapping[str, str], *, folder: Path | Non
     return pixels
 
 
-def scratch_folder() -> Path:
-    """This user's folder for files of this node; another's of that name is not trusted."""
-    folder = Path(tempfile.gettempdir()) / f"prism_ray-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
-        raise InputError(f"{folder}: others may write there; remove it, or set TMPDIR to a folder of your own")
-    return folder
-
-
 def _pngs(store: Store, keys: Sequence[str]) -> Iterator[pa.Array]:
     """PNG bytes of image shards, one row group at a time."""
     for key in keys:
-        with pq.ParquetFile(store.path(key)) as file:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
             for group in range(file.num_row_groups):
                 yield from file.read_row_group(group, columns=["image.bytes"]).flatten().column(0).chunks
 

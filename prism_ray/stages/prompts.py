@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from prism_ray.data.publish import publish_files
+from prism_ray.artifacts import join, local_folder, publish_files, split
 from prism_ray.generation import class_ids_of_generator
 from prism_ray.generator_files import takes_class_ids
 from prism_ray.options import BackEnd, PromptWorld
@@ -23,6 +23,7 @@ from prism_ray.prompts.local_model import author_in
 from prism_ray.prompts.names import class_glosses, class_phrases
 from prism_ray.prompts.table import PHOTO, PromptRow, TableSettings, count_words, table_hash, to_jsonl, write_table
 from prism_ray.prompts.write import Author
+from prism_ray.staging import DESCRIPTION
 from prism_ray.work import PROMPTS_FILE, PromptsItem
 
 
@@ -31,7 +32,8 @@ def make_prompts(item: PromptsItem) -> None:
     if item.is_done:
         return
     started = time.perf_counter()
-    rows = _class_rows(item) if takes_class_ids(Path(item.generator_dir)) else _text_rows(item)
+    is_by_class = takes_class_ids(local_folder(item.generator_dir, only=DESCRIPTION))
+    rows = _class_rows(item) if is_by_class else _text_rows(item)
     facts = {
         "sha256": table_hash(rows),
         "rows": len(rows),
@@ -39,12 +41,12 @@ def make_prompts(item: PromptsItem) -> None:
         "styles": dict(sorted(Counter(row.style for row in rows).items())),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {PROMPTS_FILE: to_jsonl(rows)}, facts=facts)
+    publish_files(item.folder, {PROMPTS_FILE: to_jsonl(rows)}, facts=facts)
 
 
 def _class_rows(item: PromptsItem) -> list[PromptRow]:
     """For a generator that is asked by class id: its id of each class."""
-    ids = class_ids_of_generator(Path(item.generator_dir), item.class_names)
+    ids = class_ids_of_generator(item.generator_dir, item.class_names)
     return [PromptRow(n, 0, str(ids[n]), name, PHOTO) for n, name in enumerate(item.class_names)]
 
 
@@ -64,7 +66,7 @@ def _text_rows(item: PromptsItem) -> list[PromptRow]:
     return write_table(
         phrases,
         settings,
-        count_tokens=_counter(Path(item.generator_dir)),
+        count_tokens=_counter(local_folder(item.generator_dir, only=["tokenizer/*"])),
         author=_author(item),
         glosses=class_glosses(item.class_names),
     )
@@ -79,7 +81,7 @@ def _author(item: PromptsItem) -> Author | None:
     if prompts.back_end is BackEnd.transformers:
         return author_in(Path(prompts.model))
     assert prompts.url is not None, "refused by validation"
-    answers = Path(item.folder).with_name("answers")
+    answers = join(split(item.folder)[0], "answers")
     return author_behind(
         ChatServer(
             prompts.url,

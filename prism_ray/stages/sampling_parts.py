@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from prism_ray.artifacts import local_folder
 from prism_ray.errors import InputError
 from prism_ray.methods.diffusion.adaptation import dealt
 from prism_ray.models.classifier import Classifier
@@ -29,7 +30,7 @@ def generator_for(spec: RunSpec, device: torch.device) -> Generator:
 @lru_cache(maxsize=2)
 def _load(folder: str, placement: Placement, image_size: int | None, tiny_decoder: str | None) -> Generator:
     tiny = None if tiny_decoder is None else Path(tiny_decoder)
-    return load_generator(Path(folder), placement=placement, image_size=image_size, tiny_decoder=tiny)
+    return load_generator(local_folder(folder), placement=placement, image_size=image_size, tiny_decoder=tiny)
 
 
 def sampler_for(
@@ -58,7 +59,7 @@ def prompts_by_class(spec: RunSpec) -> dict[int, list[PromptRow]]:
     """The prompts of each class in the order of use."""
     assert spec.prompts_dir is not None, "prompts come first"
     found: dict[int, list[PromptRow]] = {}
-    for row in from_jsonl((Path(spec.prompts_dir) / PROMPTS_FILE).read_bytes()):
+    for row in from_jsonl((local_folder(spec.prompts_dir) / PROMPTS_FILE).read_bytes()):
         found.setdefault(row.class_id, []).append(row)
     missing = [class_id for class_id in spec.class_ids() if class_id not in found]
     if missing:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prism_ray.artifacts import local_folder, publish_files
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import publish_files
 from prism_ray.identity import plain
 from prism_ray.methods.mosaics import compose, cut, draw_crops, padded
 from prism_ray.methods.selection import cosine_kernel, herding, lowest, medium, regression
@@ -85,7 +85,7 @@ class Starts:
     @classmethod
     def open(cls, folder: str | Path) -> "Starts":
         tiles: dict[tuple[int, int], list[Start]] = {}
-        with pq.ParquetFile(Path(folder) / STARTS_FILE) as file:
+        with pq.ParquetFile(local_folder(folder) / STARTS_FILE) as file:
             table = file.read()
         keys = zip(table["class_id"].to_pylist(), table["index_in_class"].to_pylist(), strict=True)
         boxes = zip(*(table[name].to_pylist() for name in Start._fields), strict=True)
@@ -128,7 +128,7 @@ def make_starts(item: StartsItem) -> None:
         "seconds": time.perf_counter() - started,
     }
     table = table_bytes(_table(settings, chosen))
-    publish_files(Path(item.folder), {STARTS_FILE: table}, facts=facts)
+    publish_files(item.folder, {STARTS_FILE: table}, facts=facts)
 
 
 def _whole_images(

@@ -6,14 +6,13 @@
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from prism_ray.data.publish import publish_files
+from prism_ray.artifacts import local_folder, publish_files
 from prism_ray.identity import plain
 from prism_ray.methods.inversion.statistics import LayerTarget, Moments, matched_layers, targets_of
 from prism_ray.methods.views import crop_flip, render
@@ -62,12 +61,12 @@ def make_statistics(item: StatisticsItem) -> None:
         "fingerprint": fingerprint(device),
         "seconds": time.perf_counter() - started,
     }
-    publish_files(Path(item.folder), {STATISTICS_FILE: save(tensors)}, facts=facts)
+    publish_files(item.folder, {STATISTICS_FILE: save(tensors)}, facts=facts)
 
 
 def targets_for(spec: RunSpec, name: str, teacher: nn.Module, device: torch.device) -> tuple[LayerTarget, ...]:
     """What a run matches of one of its teachers: batch norm's own statistics, and those that were measured."""
     tensors = None
     if needs_statistics_pass(spec.config) and has_statistics(spec.config, name):
-        tensors = load_file(Path(spec.statistics_dirs[name]) / STATISTICS_FILE, device=str(device))
+        tensors = load_file(local_folder(spec.statistics_dirs[name]) / STATISTICS_FILE, device=str(device))
     return targets_of(teacher, tensors, conv=spec.config.method.conv_statistics)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from prism_ray.errors import PrismError
+from prism_ray.ledger import read_columns
 from prism_ray.methods.distillation import batch_of_step, block_of_step, mixed_classes, mixed_logits
 from prism_ray.methods.views import Cutmix, cutmix, paste
 from prism_ray.options import LabelKind
@@ -62,7 +62,7 @@ def read_training_set(spec: RunSpec, shards: dict[str, str]) -> TrainingSet:
         )
     planned = [image for unit in units for image in unit.images]
     keys = [f"images/{unit.name}.parquet" for unit in units]
-    columns = [pq.read_table(ledger.store.path(key), columns=["label", "image_id"]) for key in keys]
+    columns = [read_columns(ledger.store, key, ["label", "image_id"]) for key in keys]
     class_ids = [class_id for table in columns for class_id in table["label"].to_pylist()]
     image_ids = [image_id for table in columns for image_id in table["image_id"].to_pylist()]
     if image_ids != [image.image_id for image in planned]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prism_ray.artifacts import artifact_facts
 from prism_ray.identity import images_hash
 from prism_ray.ledger import Receipt
 from prism_ray.methods.attributes import apply_attributes, draw_values
@@ -21,7 +21,7 @@ from prism_ray.methods.inversion.budgets import entry_iterations
 from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
-from prism_ray.models.classifier import Classifier, read_extra
+from prism_ray.models.classifier import Classifier
 from prism_ray.options import Engine, Reduction
 from prism_ray.plan import (
     Unit,
@@ -67,7 +67,7 @@ class Synthesizer:
             name: Network(teacher, targets_for(spec, name, teacher, self.device) if name in matched else ())
             for name, teacher in self._teachers.items()
         }
-        self._facts = {name: read_extra(Path(spec.teacher_dirs[name])) for name in self._teachers}
+        self._facts = {name: artifact_facts(spec.teacher_dirs[name]) for name in self._teachers}
         self._sampling = _Sampling(spec, self._teachers, self.device) if needs_generator(spec.config) else None
         self._start_of = None if self._sampling else open_starts(spec)
 

@@ -8,7 +8,6 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from prism_ray.artifacts import StoredFile, join, local_folder, publish_built, split
 from prism_ray.data.imagenet_names import class_names_like
 from prism_ray.data.prepared import PreparedDataset
-from prism_ray.data.publish import publish_built
 from prism_ray.errors import InputError, within
 from prism_ray.methods.distillation import batch_of_step, hard_loss
 from prism_ray.methods.inversion.matching import Network, observed_distances
@@ -50,7 +49,7 @@ def make_teacher(item: TeacherItem) -> None:
     """Train or adopt one teacher; nothing to do if its folder is there."""
     if item.is_done:
         return
-    dataset = PreparedDataset.open(Path(item.dataset_dir))
+    dataset = PreparedDataset.open(item.dataset_dir)
     device = pick_device(item.gpus)
     started = time.perf_counter()
     with deterministic(item.threads):
@@ -77,10 +76,10 @@ def make_teacher(item: TeacherItem) -> None:
         "seconds": time.perf_counter() - started,
     }
     publish_built(
-        Path(item.folder),
+        item.folder,
         lambda built: save_classifier(classifier, built, class_names=dataset.class_names, extra=facts),
     )
-    checkpoint_of(item).unlink(missing_ok=True)
+    checkpoint_of(item).remove()
 
 
 @torch.no_grad()
@@ -141,10 +140,10 @@ def class_order(named: np.ndarray) -> dict[str, Any] | None:
     return {"matched_accuracy": matched, "class": int(classes[pair]), "output": int(outputs[pair])}
 
 
-def checkpoint_of(item: TeacherItem) -> Path:
+def checkpoint_of(item: TeacherItem) -> StoredFile:
     """File of an unfinished training."""
-    folder = Path(item.folder)
-    return folder.with_name(f".{folder.name}.checkpoint.safetensors")
+    parent, name = split(item.folder)
+    return StoredFile.at(join(parent, f".{name}.checkpoint.safetensors"))
 
 
 def _trained(item: TeacherItem, dataset: PreparedDataset, device: torch.device) -> Classifier:
@@ -180,7 +179,7 @@ def _trained(item: TeacherItem, dataset: PreparedDataset, device: torch.device) 
         weight_decay=teach.weight_decay,
         seed=order_seed,
     )
-    checkpoints = Checkpoints(path=checkpoint_of(item), every=teach.checkpoint_every, identity=Path(item.folder).name)
+    checkpoints = Checkpoints(file=checkpoint_of(item), every=teach.checkpoint_every, identity=split(item.folder)[1])
     trained, _ = fit(classifier, course, prepare=prepare, loss_of=loss_of, checkpoints=checkpoints)
     return trained
 
@@ -207,7 +206,7 @@ def _adopted(item: TeacherItem, dataset: PreparedDataset, device: torch.device) 
         names = class_names_like(dataset.class_names)
         classifier = load_imagenet_lite(teacher.source, input_size=dataset.image_size, class_names=names)
     else:
-        classifier = load_classifier(Path(teacher.source), allow_pickle=teacher.allow_pickle)
+        classifier = load_classifier(local_folder(teacher.source), allow_pickle=teacher.allow_pickle)
     if classifier.num_classes != dataset.num_classes:
         raise InputError(
             f"teachers.models.{item.name}: {teacher.source} tells {classifier.num_classes} classes apart, the data set "

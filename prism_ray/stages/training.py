@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from prism_ray.artifacts import StoredFile
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import PrismError
 from prism_ray.methods.distillation import make_optimizer
@@ -86,7 +86,7 @@ class Course:
 class Checkpoints:
     """Where and how often a training's state is kept."""
 
-    path: Path  # replaced as a whole, removed by the caller
+    file: StoredFile  # replaced as a whole, removed by the caller
     every: int  # steps
     identity: str  # of what is being trained; a checkpoint of anything else is ignored
     keep_last: bool = False  # also at the end, where other trainings follow before anything is published
@@ -224,7 +224,8 @@ def fit(
                 record.end_epoch(epoch, step=step + 1, lr=course.lr_of_step(step), batch_size=course.batch_size)
             if is_due and group.is_first:
                 extra = {"identity": checkpoints.identity, "record": asdict(record)}
-                save_checkpoint(checkpoints.path, **state, step=step + 1, extra=extra)
+                with checkpoints.file.writing() as path:
+                    save_checkpoint(path, **state, step=step + 1, extra=extra)
                 checkpoints.after(record.history)
     network.eval()
     return kept.eval(), record
@@ -268,10 +269,11 @@ def _prepared(prepare: Callable[[int], B], first: int, num_steps: int, *, ahead:
 def _resumed(checkpoints: Checkpoints, state: dict[str, Any]) -> tuple[int, Record]:
     """Steps already taken and their record: restored from a checkpoint of this training, else none."""
     step, record = 0, Record()
-    extra = read_extra(checkpoints.path)
-    if extra is not None and extra.get("identity") == checkpoints.identity:
-        step, extra = load_checkpoint(checkpoints.path, **state)
-        record = Record(**extra["record"])
+    with checkpoints.file.reading() as path:
+        extra = read_extra(path)
+        if extra is not None and extra.get("identity") == checkpoints.identity:
+            step, extra = load_checkpoint(path, **state)
+            record = Record(**extra["record"])
     return step, record
 
 

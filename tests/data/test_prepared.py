@@ -25,7 +25,7 @@ from prism_ray.data import prepared as prepared_module
 from prism_ray.data import shards
 from prism_ray.data.prepared import PreparedDataset, class_names_hash, prepare_dataset
 from prism_ray.data.records import RealImage, Split
-from prism_ray.errors import InputError, PrismError
+from prism_ray.errors import InputError, PrismError, StorageError
 from prism_ray.options import Source
 
 NUM_IMAGES = {"train": 30, "test": 6}
@@ -125,7 +125,7 @@ def test_a_constant_channel_has_the_std_of_one_gray_level(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("many_files")
 def test_datasets_shows_pictures_and_class_names_without_code(prepared: PreparedDataset, tmp_path: Path) -> None:
-    data_files = {split: [str(path) for path in prepared.paths(split)] for split in ("train", "test")}
+    data_files = {split: prepared.addresses(split) for split in ("train", "test")}
     loaded = datasets.load_dataset("parquet", data_files=data_files, cache_dir=str(tmp_path / "cache"))
     for split, count in NUM_IMAGES.items():
         rows = loaded[split]
@@ -140,7 +140,7 @@ def test_datasets_shows_pictures_and_class_names_without_code(prepared: Prepared
 
 def test_tables_have_the_columns_of_the_schema_and_png_bytes(prepared: PreparedDataset) -> None:
     for split in ("train", "test"):
-        for path in prepared.paths(split):
+        for path in prepared.addresses(split):
             table = pq.read_table(path)
             assert table.schema.equals(
                 schema.image_schema(schema.REAL_COLUMNS, prepared.class_names), check_metadata=True
@@ -150,15 +150,15 @@ def test_tables_have_the_columns_of_the_schema_and_png_bytes(prepared: PreparedD
 
 @pytest.mark.usefixtures("many_files")
 def test_files_are_cut_by_rows(prepared: PreparedDataset) -> None:
-    assert [pq.read_metadata(path).num_rows for path in prepared.paths("test")] == [7, 7, 4]
-    assert [path.name for path in prepared.paths("test")] == [f"test-{k:05d}.parquet" for k in range(3)]
-    assert len(prepared.paths("train")) == 13
+    assert [pq.read_metadata(path).num_rows for path in prepared.addresses("test")] == [7, 7, 4]
+    assert [Path(path).name for path in prepared.addresses("test")] == [f"test-{k:05d}.parquet" for k in range(3)]
+    assert len(prepared.addresses("train")) == 13
 
 
 def test_files_are_cut_by_bytes(config: DatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MAX_BYTES", 1000)
     prepared = prepare_dataset(config, tmp_path)
-    assert len(prepared.paths("train")) > 3
+    assert len(prepared.addresses("train")) > 3
     assert prepared.labels("train").tolist() == [0] * 30 + [1] * 30 + [2] * 30
 
 
@@ -193,7 +193,7 @@ def test_images_come_in_the_order_asked_for_with_repeats(prepared: PreparedDatas
 def test_only_the_row_groups_that_hold_a_wanted_image_are_read(
     prepared: PreparedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = prepared.paths("train")[0]
+    path = Path(prepared.addresses("train")[0])
     small_groups = io.BytesIO()
     pq.write_table(pq.read_table(path), small_groups, row_group_size=10)
     path.write_bytes(small_groups.getvalue())
@@ -250,7 +250,7 @@ def test_the_content_hash_covers_class_names_and_their_order(prepared: PreparedD
 
 def test_verify_names_the_damaged_files(prepared: PreparedDataset) -> None:
     assert prepared.verify() == []
-    path = prepared.paths("test")[0]
+    path = Path(prepared.addresses("test")[0])
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -269,7 +269,7 @@ def test_opening_refuses_what_is_incomplete_or_newer(prepared: PreparedDataset) 
     with pytest.raises(PrismError, match=r"not a prepared data set .*; delete the folder and prepare again"):
         PreparedDataset.open(prepared.folder)
     summary_path.write_text(text)
-    prepared.paths("train")[0].write_bytes(b"short")
+    Path(prepared.addresses("train")[0]).write_bytes(b"short")
     with pytest.raises(PrismError, match=r"train-00000\.parquet is missing or has the wrong size"):
         PreparedDataset.open(prepared.folder)
     with pytest.raises(PrismError, match="not a prepared data set"):
@@ -310,7 +310,7 @@ def test_a_failed_preparation_leaves_nothing_and_the_next_one_works(
 
     with monkeypatch.context() as patch:
         patch.setattr(prepared_module, "write_durably", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StorageError, match="no space left"):
             prepare_dataset(config, tmp_path)
     assert list((tmp_path / "datasets").iterdir()) == []
     assert prepare_dataset(config, tmp_path).verify() == []

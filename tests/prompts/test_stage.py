@@ -10,9 +10,9 @@ import pytest
 from pipelines import save_twin
 from transformers import CLIPTokenizer
 
+from prism_ray.artifacts import MARKER
 from prism_ray.config import PromptsConfig
 from prism_ray.data.imagenet_names import class_names
-from prism_ray.data.publish import MARKER
 from prism_ray.errors import InputError
 from prism_ray.generation import class_ids_of_generator
 from prism_ray.generator_files import takes_class_ids

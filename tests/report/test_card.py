@@ -20,7 +20,6 @@ from prism_ray.report.card import (
     markdown_text,
     render_card,
     size_category,
-    write_card,
     yaml_string,
 )
 from prism_ray.report.contents import Paths, Quarantined
@@ -208,7 +207,8 @@ def test_size_categories_are_those_of_the_hub(num_images: int, category: str) ->
 def test_the_lines_that_load_the_images_work(make_summary: SummaryMaker, tmp_path: Path) -> None:
     summary = make_summary("prism")
     folder = tmp_path / "runs" / "prism"
-    write_card(summary, folder / "README.md")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(render_card(summary), encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
     # The same through the header, whose features and split must fit the files.
     code += f"\nby_header = load_dataset({str(folder)!r}, split='train')\nassert by_header.features['label'].names == "

@@ -37,7 +37,7 @@ def published(run: Run, receipt: Receipt, data: bytes | None = None, **changes: 
     """Commit a file of a run; `data` is left out where it is there already."""
     if data is not None:
         run.store.put(receipt.key, data)
-    path = run.store.path(receipt.key)
+    path = Path(run.store.url_of(receipt.key))
     found = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), **changes}
     # Fields of several types in one dict, which the type checker can't tell apart.
     receipt = replace(receipt, **found)  # pyright: ignore[reportArgumentType]
@@ -62,7 +62,7 @@ def make_run(storage: Path, dataset: PreparedDataset, tmp_path: Path) -> RunMake
         unit = run.units[0]
         rows = [(class_id, index, gray(20 * class_id)) for class_id in range(10) for index in range(2)]
         names = [str(digit) for digit in range(10)]
-        write_images(run.store.path(image_receipt(unit).key), rows, method=label, class_names=names)
+        write_images(Path(run.store.url_of(image_receipt(unit).key)), rows, method=label, class_names=names)
         images = published(run, image_receipt(unit), rows=20, seconds=2.0)
         published(run, label_receipt(unit, images), b"labels", rows=20, seconds=1.5, details={"codec": "top_3+fp16"})
         for item in run.students():
@@ -140,7 +140,9 @@ def test_a_search_counts_while_its_images_are_todays(make_run: RunMaker) -> None
 
 def test_a_suite_keeps_its_scores_beside_its_report(make_run: RunMaker, storage: Path) -> None:
     runs = [make_run("random", top1=0.5), make_run("prism", top1=0.75)]
-    path = write_reports(runs, title="t", command="c", suite="mine", references=REFERENCES)
+    path = Path(
+        write_reports(runs, title="t", command="c", suite="mine", references=REFERENCES).removeprefix("file://")
+    )
     content = json.loads((path.parent / "scores.json").read_text())
     assert content["references"] == REFERENCES
     assert content["rows"][1]["differences"]["soft"] == {"mean": 0.25, "std": None, "num": 1}
@@ -150,7 +152,7 @@ def test_a_suite_keeps_its_scores_beside_its_report(make_run: RunMaker, storage:
     assert path.stat().st_mtime_ns == before, "nothing changed"
     write_reports(runs, title="t", command="c", suite="mine", references={"random_real": "prism"})
     assert path.stat().st_mtime_ns != before
-    (own,) = json.loads(runs[0].store.path("report/summary.json").read_text())
+    (own,) = json.loads(Path(runs[0].store.url_of("report/summary.json")).read_text())
     assert (own["label"], own["column"]) == (runs[0].config.method.name, None)
     assert runs[0].ledger.receipts(SYNTHESIZE)
 
