@@ -9,6 +9,7 @@ from prism_ray.config import ComputeConfig, Config, TeacherConfig
 from prism_ray.data.prepared import check_dataset
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.shifted import check_shifted
+from prism_ray.errors import InputError
 from prism_ray.generation import TRAIN, class_ids_of_generator
 from prism_ray.generator_files import check_generator, takes_class_ids
 from prism_ray.options import Executor
@@ -18,6 +19,9 @@ from prism_ray.staging import DESCRIPTION, check_elsewhere, found_here
 from prism_ray.storage import is_remote, open_store
 from prism_ray.weights import check_architecture, check_weights_file, find_lite, find_weights, is_folder
 
+JOB_FOLDERS = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks the working directory of a submitted job, on every node for itself."""
+
 
 def check_before_start(configs: Sequence[Config]) -> None:
     """Look at everything a command needs; the compute settings are the first run's.
@@ -25,6 +29,8 @@ def check_before_start(configs: Sequence[Config]) -> None:
     Raises:
         InputError: one line that names what is wrong and what to do.
     """
+    for config in configs:
+        check_storage(config)
     check_compute(configs[0].compute)
     for config in configs:
         for name in used_teachers(config):
@@ -56,6 +62,25 @@ def check_source(config: Config, class_names: Sequence[str]) -> None:
         check_generator(Path(folder), None if tiny is None else Path(tiny))
     if takes_class_ids(local_folder(folder, only=DESCRIPTION)):
         class_ids_of_generator(folder, class_names)
+
+
+def check_storage(config: Config) -> None:
+    """Refuse a storage that not every worker reaches, or that does not outlive the command.
+
+    Raises:
+        InputError: memory with a cluster, or a folder inside the copy of a submitted job's working directory.
+    """
+    store = open_store(config.storage)
+    if config.storage.startswith("memory:") and config.compute.executor is not Executor.inline:
+        raise InputError(
+            f"storage={config.storage!r}: is the memory of this process alone, which no worker reaches; set "
+            "compute=inline, or choose another storage=..."
+        )
+    if JOB_FOLDERS in store.url:
+        raise InputError(
+            f"storage={config.storage!r}: lies in the working directory of a submitted job, {store.url}, and would be "
+            "deleted with it; choose an absolute folder that every node reaches, or s3://BUCKET/FOLDER"
+        )
 
 
 def check_compute(compute: ComputeConfig) -> None:

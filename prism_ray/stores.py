@@ -147,7 +147,7 @@ class ObjectStore:
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object as a whole."""
         at = self._at(key)
-        self._try(key, lambda: self._fs.pipe_file(at, data, **self._parts()), writes=True)
+        self._try(key, lambda: self._fs.pipe_file(at, data, **self._parts()), never_missing=True)
 
     def create(self, key: str, data: bytes, *, check: Callable[[Any], None] | None = None) -> bool:
         """Publish a new object; False, and nothing changed, if the key exists.
@@ -172,7 +172,7 @@ class ObjectStore:
                 self._fs.pipe_file(at, data, **self._parts())
 
         try:
-            self._try(key, put, writes=True)
+            self._try(key, put, never_missing=True)
         except FileExistsError:
             with suppress(FileNotFoundError):
                 return self.read(key) == data
@@ -182,7 +182,7 @@ class ObjectStore:
     def put_file(self, key: str, path: Path) -> None:
         """Write or replace an object with the content of a local file."""
         at = self._at(key)
-        self._try(key, lambda: self._fs.put_file(str(path), at, **self._parts()), writes=True)
+        self._try(key, lambda: self._fs.put_file(str(path), at, **self._parts()), never_missing=True)
 
     def copy(self, key: str, source: Any, source_key: str) -> None:
         """Write or replace an object as a copy of another, within the store where both lie in the same one."""
@@ -190,7 +190,7 @@ class ObjectStore:
             self.put(key, source.read(source_key))
             return
         origin, at = source._at(source_key), self._at(key)
-        self._try(key, lambda: self._fs.cp_file(origin, at), writes=True)
+        self._try(key, lambda: self._fs.cp_file(origin, at), never_missing=True)
 
     @contextmanager
     def built_folder(self) -> Iterator[Path]:
@@ -240,7 +240,7 @@ class ObjectStore:
 
         try:
             for call in (lambda: fs.pipe_file(at, data), read, lambda: fs.rm_file(at)):
-                self._try("", call, writes=True, patience_s=PATIENCE_OF_PROBE_S)
+                self._try("", call, never_missing=True, patience_s=PATIENCE_OF_PROBE_S)
         except StorageError as error:
             raise InputError(
                 f"storage={self.url!r}: the object store gives no answer ({_reason(error.__cause__ or error)}); check "
@@ -275,15 +275,14 @@ class ObjectStore:
     def _found(self, parent: str, prefix: str) -> Mapping[str, Mapping[str, Any]]:
         """Everything in a folder whose name starts so; stores other than memory say 'not found' of no listing."""
         # Without a prefix s3fs looks for the folder itself where it finds nothing.
-        return self._try("", lambda: self._fs.find(parent, prefix=prefix, detail=True), writes=True)
+        return self._try("", lambda: self._fs.find(parent, prefix=prefix, detail=True), never_missing=True)
 
-    def _try(self, key: str, call: Callable[[], T], *, writes: bool = False, patience_s: float = math.inf) -> T:
+    def _try(self, key: str, call: Callable[[], T], *, never_missing: bool = False, patience_s: float = math.inf) -> T:
         """A call's answer, after as many tries as it takes; no new one begins after `patience_s`.
 
         Raises:
-            FileNotFoundError, FileExistsError: the store says so. 'Not found' is believed if a listing agrees, and is
-                never the answer to a write.
-            InputError: credentials or permissions are missing.
+            FileNotFoundError, FileExistsError: the store says so. 'Not found' is believed if a listing agrees.
+            InputError: credentials or permissions are missing; or the bucket, where `never_missing` is answered so.
             StorageError: all tries failed.
         """
         began, attempt = time.monotonic(), 0
@@ -294,7 +293,7 @@ class ObjectStore:
             except (FileExistsError, PrismError):
                 raise
             except FileNotFoundError as error:
-                if not writes and self._listed(key) is None:
+                if not never_missing and self._listed(key) is None:
                     raise
                 failure: Exception = error
                 tries = TRIES_OF_MISSING
@@ -302,7 +301,7 @@ class ObjectStore:
                 self._refuse(error)
                 failure = error
             if attempt >= tries or time.monotonic() - began > patience_s:
-                if isinstance(failure, FileNotFoundError) and writes:
+                if isinstance(failure, FileNotFoundError) and never_missing:
                     raise InputError(
                         f"storage={self.url!r}: the bucket {self._root.partition('/')[0]!r} does not exist; create it, "
                         "or choose another storage=..."
