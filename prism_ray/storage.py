@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -403,9 +404,10 @@ def sync_path(path: Path) -> None:
 
 def _size(path: Path) -> int | None:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return None if stat.S_ISDIR(status.st_mode) else status.st_size
 
 
 def _free_bytes(path: Path) -> int:

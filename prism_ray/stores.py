@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from enum import Enum
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +64,14 @@ NO_CREDENTIALS = (
 _pauses = random.Random()  # of its own: seeds of a run must not be spent, nor repeat our pauses
 
 
+class Purpose(Enum):
+    """What calls are for; each has a client with its own patience."""
+
+    small = "whole objects at once"
+    large = "objects in parts"
+    probe = "a look before a start"
+
+
 class ObjectStore:
     """Objects by key below the prefix of a bucket. One instance serves any number of threads."""
 
@@ -78,7 +87,11 @@ class ObjectStore:
 
     @property
     def _fs(self) -> Any:
-        return _filesystem(self._scheme, is_probe=False)
+        return _filesystem(self._scheme, Purpose.small)
+
+    def _fs_for(self, size: int) -> Any:
+        """For an object of so many bytes."""
+        return _filesystem(self._scheme, Purpose.small if size < 2 * PART_BYTES else Purpose.large)
 
     # Reading
 
@@ -104,8 +117,11 @@ class ObjectStore:
     def fetch(self, key: str, path: Path) -> None:
         """Copy an object to a local file, which is there afterwards or was not touched. Raises FileNotFoundError."""
         at, temporary = self._at(key), path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        if self.size(key) is None:
+            raise FileNotFoundError(self.url_of(key))
+        fs = _filesystem(self._scheme, Purpose.large)
         try:
-            self._try(key, lambda: self._fs.get_file(at, str(temporary)))
+            self._try(key, lambda: fs.get_file(at, str(temporary)))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -146,8 +162,8 @@ class ObjectStore:
 
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object as a whole."""
-        at = self._at(key)
-        self._try(key, lambda: self._fs.pipe_file(at, data, **self._parts()), never_missing=True)
+        at, fs = self._at(key), self._fs_for(len(data))
+        self._try(key, lambda: fs.pipe_file(at, data, **self._parts()), never_missing=True)
 
     def create(self, key: str, data: bytes, *, check: Callable[[Any], None] | None = None) -> bool:
         """Publish a new object; False, and nothing changed, if the key exists.
@@ -157,11 +173,11 @@ class ObjectStore:
         """
         if check is not None:
             check(io.BytesIO(data))
-        at = self._at(key)
+        at, fs = self._at(key), self._fs_for(len(data))
 
         def put() -> None:
             try:
-                self._fs.pipe_file(at, data, mode="create", **self._parts())
+                fs.pipe_file(at, data, mode="create", **self._parts())
             except Exception as error:
                 if _code(error) in ("PreconditionFailed", "412"):
                     raise FileExistsError(at) from error
@@ -169,7 +185,7 @@ class ObjectStore:
                     raise
                 if self.size(key) is not None:
                     raise FileExistsError(at) from error
-                self._fs.pipe_file(at, data, **self._parts())
+                fs.pipe_file(at, data, **self._parts())
 
         try:
             self._try(key, put, never_missing=True)
@@ -181,12 +197,12 @@ class ObjectStore:
 
     def put_file(self, key: str, path: Path) -> None:
         """Write or replace an object with the content of a local file."""
-        at = self._at(key)
-        self._try(key, lambda: self._fs.put_file(str(path), at, **self._parts()), never_missing=True)
+        at, fs = self._at(key), self._fs_for(path.stat().st_size)
+        self._try(key, lambda: fs.put_file(str(path), at, **self._parts()), never_missing=True)
 
     def copy(self, key: str, source: Any, source_key: str) -> None:
         """Write or replace an object as a copy of another, within the store where both lie in the same one."""
-        if not isinstance(source, ObjectStore) or source._fs is not self._fs:
+        if not isinstance(source, ObjectStore) or source._scheme != self._scheme:
             self.put(key, source.read(source_key))
             return
         origin, at = source._at(source_key), self._at(key)
@@ -231,7 +247,7 @@ class ObjectStore:
         Raises:
             InputError: no bucket, no credentials, no permission, or no answer.
         """
-        fs, at = _filesystem(self._scheme, is_probe=True), self._at(f"probe-{uuid.uuid4().hex}")
+        fs, at = _filesystem(self._scheme, Purpose.probe), self._at(f"probe-{uuid.uuid4().hex}")
         data = at.encode()
 
         def read() -> None:
@@ -355,9 +371,9 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-@lru_cache(maxsize=8)
-def _filesystem(scheme: str, *, is_probe: bool) -> Any:
-    """The fsspec file system of a scheme, made once per process. It caches no listing.
+@lru_cache(maxsize=16)
+def _filesystem(scheme: str, purpose: Purpose) -> Any:
+    """The fsspec file system of a scheme, made once per process and purpose. It caches no listing.
 
     Raises:
         InputError: its package is not installed.
@@ -371,9 +387,9 @@ def _filesystem(scheme: str, *, is_probe: bool) -> Any:
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
         set_by_user = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        # Parts of a large object are tried again one by one, by botocore; whole calls by us.
-        tries = {"mode": "standard", "total_max_attempts": 1 if is_probe else 4}
-        timeouts = TIMEOUTS_OF_PROBE_S if is_probe else TIMEOUTS_S
+        # Parts of a large object are tried again one by one, by botocore; whole calls by us, after shorter pauses.
+        tries = {"mode": "standard", "total_max_attempts": 4 if purpose is Purpose.large else 1}
+        timeouts = TIMEOUTS_OF_PROBE_S if purpose is Purpose.probe else TIMEOUTS_S
         options["config_kwargs"] = {"retries": tries, **timeouts, **set_by_user}
     fs = fsspec.filesystem(scheme, **options)
     if scheme == "s3":
