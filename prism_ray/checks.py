@@ -14,7 +14,7 @@ from prism_ray.generation import TRAIN, class_ids_of_generator
 from prism_ray.generator_files import check_generator, takes_class_ids
 from prism_ray.options import Executor
 from prism_ray.plan import check_size, needs_generator, used_teachers
-from prism_ray.runtime.session import check_fits, local_resources, preflight
+from prism_ray.runtime.session import check_fits, local_node, preflight
 from prism_ray.staging import DESCRIPTION, check_elsewhere, found_here
 from prism_ray.storage import is_remote, open_store
 from prism_ray.weights import check_architecture, check_weights_file, find_lite, find_weights, is_folder
@@ -90,7 +90,8 @@ def check_compute(compute: ComputeConfig) -> None:
     else:
         # No pool and no cluster, whatever RAY_ADDRESS says: one worker of each kind, here.
         alone = replace(compute, actors=1, train_workers=1, workers_per_student=1, min_workers_per_student=None)
-        check_fits(alone, *local_resources(compute), where="this machine")
+        alone = replace(alone, address="local", pools={}, autoscaling=False, train_labels={}, train_resources={})
+        check_fits(alone, [local_node(compute)], where="this machine")
 
 
 def check_teacher(name: str, teacher: TeacherConfig) -> None:

@@ -80,6 +80,8 @@ shift_names: Check = (
 )
 label_bits: Check = (lambda v: v == 16 or 1 <= v <= 8, "16 (half precision) or 1 to 8")
 positive_entries: Check = (lambda v: all(math.isfinite(x) and x > 0 for x in v), "finite numbers above 0")
+texts: Check = (lambda v: all(isinstance(t, str) and t for t in v.values()), "text for every label")
+amounts: Check = (lambda v: all(math.isfinite(x) and x > 0 for x in v.values()), "a number above 0 for every resource")
 plain_name: Check = (
     lambda v: 0 < len(v) <= 128 and all(c.isascii() and (c.isalnum() or c in "._-") for c in v) and v[0] not in ".-",
     "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
@@ -487,6 +489,34 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True)
+class PoolConfig:
+    """Actors of one kind of node. They pull their units from one list, so a faster pool makes more of them."""
+
+    actors: int | None = setting(
+        None, doc="actors at most; null: as many as the cluster holds now", check=at_least_one, output=False
+    )
+    cpus: float | None = setting(
+        None, doc="logical CPUs reserved by an actor; null: compute.cpus_per_actor", check=positive, output=False
+    )
+    gpus: float | None = setting(
+        None,
+        doc="GPUs of an actor, fractions below 1 allowed; null: compute.gpus_per_actor",
+        check=not_negative,
+        output=False,
+    )
+    labels: dict[str, str] = setting(
+        {},
+        doc="labels that its nodes have, all of them; Ray's own are ray.io/accelerator-type (found on GPU nodes), "
+        "ray.io/market-type (RAY_NODE_MARKET_TYPE of the node: spot, on-demand) and ray.io/node-group",
+        check=texts,
+        output=False,
+    )
+    resources: dict[str, float] = setting(
+        {}, doc="other resources reserved by an actor, as its nodes announce them", check=amounts, output=False
+    )
+
+
+@dataclass(kw_only=True)
 class ComputeConfig:
     executor: Executor = setting(Executor.ray, doc="in this process, or on Ray actors", output=False)
     address: str | None = setting(
@@ -500,6 +530,20 @@ class ComputeConfig:
     gpus_per_actor: float = setting(
         0.0, doc="GPUs of an actor, fractions below 1 allowed", check=not_negative, output=False
     )
+    pools: dict[str, PoolConfig] = setting(
+        {}, doc="actors by kind of node, by name; empty: one pool of the three settings above, anywhere", output=False
+    )
+    mixed_devices: bool = setting(
+        False,
+        doc="let a run's units be made on several kinds of devices, between which the same unit differs in bytes",
+        output=False,
+    )
+    autoscaling: bool = setting(
+        False,
+        doc="the joined cluster grows on demand, even from no worker: ask for the actors and workers that are set, "
+        "instead of refusing what is not there yet",
+        output=False,
+    )
     train_workers: int | None = setting(
         None,
         doc="workers that share a list of networks to train; null: as many as fit",
@@ -507,6 +551,12 @@ class ComputeConfig:
         output=False,
     )
     gpus_per_train_worker: float = setting(0.0, doc="GPUs of a training worker", check=not_negative, output=False)
+    train_labels: dict[str, str] = setting(
+        {}, doc="labels of the nodes that train and measure, all of them; see compute.pools", check=texts, output=False
+    )
+    train_resources: dict[str, float] = setting(
+        {}, doc="other resources reserved by a training worker", check=amounts, output=False
+    )
     workers_per_student: int = setting(
         1,
         doc="training workers that share the batches of one student (data parallel): the same images in the same "

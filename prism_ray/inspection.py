@@ -20,7 +20,16 @@ from prism_ray.ledger import Ledger
 from prism_ray.lock import RunLock, newest_epoch
 from prism_ray.methods.label_layout import LabelLayout
 from prism_ray.options import Engine, LabelKind
-from prism_ray.plan import Unit, energy_teachers, guided, has_statistics, plan_units, reserved_images, used_teachers
+from prism_ray.plan import (
+    Unit,
+    asked,
+    energy_teachers,
+    guided,
+    guiding_pool,
+    plan_units,
+    reserved_images,
+    used_teachers,
+)
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
@@ -71,6 +80,9 @@ def plan_text(config: Config) -> str:
     if config.method.engine is Engine.inversion:
         budget = sorted({unit.iterations for unit in units}, reverse=True)
         lines.append(f"  iterations  {sum(unit.iterations for unit in units)} in all, per unit {budget}")
+        lines.append(
+            f"  memory      at least {format_bytes(_step_memory(config, units, len(names)))} an actor, in a step"
+        )
     forward = _teacher_flops(config, dataset, len(names))
     estimate = estimate_operations(config, units, forward)
     rate = config.compute.effective_tflops * 1e12
@@ -125,6 +137,21 @@ def _teacher_flops(config: Config, dataset: PreparedDataset | None, num_classes:
     return found
 
 
+def _step_memory(config: Config, units: list[Unit], num_classes: int) -> int:
+    """Bytes that the largest step of inversion keeps: all teachers' weights, and what those asked keep of a batch."""
+    from prism_ray.models.flops import architecture_memory, describe_teacher  # imports torch
+    from prism_ray.models.memory import step_bytes
+
+    sizes = {"image_size": config.dataset.image_size, "channels": config.dataset.channels}
+    weights, kept = {}, {}
+    for name in guiding_pool(config):
+        with within(f"teachers.models.{name}"):
+            described = describe_teacher(config.teachers.models[name], num_classes=num_classes, **sizes)
+            weights[name], kept[name] = architecture_memory(described)
+    steps = {(len(u.images), frozenset(asked(config, guiding))) for u in units for _, guiding in guided(config, u)}
+    return max((step_bytes(weights, kept, sorted(names), batch_size=n) for n, names in steps), default=0)
+
+
 def _sampling_flops(config: Config, teachers: float) -> float | None:
     """Operations of one sampled image, from the generator's configs; None before they were fetched."""
     # imports diffusers, which only a plan of sampling needs
@@ -158,8 +185,7 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
     synthesis = 0.0
     for unit in units if config.method.engine is Engine.inversion else []:
         for iterations, guiding in guided(config, unit):
-            networks = {*guiding.logits, *(name for name in guiding.statistics if has_statistics(config, name))}
-            synthesis += 2 * len(unit.images) * len(iterations) * sum(forward[name] for name in networks)
+            synthesis += 2 * len(unit.images) * len(iterations) * sum(forward[n] for n in asked(config, guiding))
     return Estimate(synthesis, labels)
 
 

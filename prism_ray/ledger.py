@@ -2,7 +2,8 @@
 
 A unit is done when its receipt exists and its shard has the receipt's size. The receipt is written after the shard, so
 a kill at any moment leaves a unit complete or absent. Start markers tell a process that died in a unit: they carry the
-driver's epoch and the node, and count as an attempt only while that driver and that node are still there.
+driver's epoch and the node, and count as an attempt only while that driver and that node are still there and the node
+is not about to leave.
 """
 
 import io
@@ -271,7 +272,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who tries a unit: the driver's epoch, this node, the nodes that are alive; how often and how long it may try."""
+    """Who tries a unit: the driver's epoch, this node, the nodes that are there to stay; how often and how long."""
 
     epoch: int
     node: str
@@ -318,6 +319,8 @@ def run_unit(
                 try:
                     table, filled = compute()
                 except Exception as error:
+                    if isinstance(error, Drained):
+                        ledger.store.remove(marker)  # it goes on elsewhere, and was no attempt
                     if isinstance(error, InputError | Drained | Fenced):
                         raise
                     ledger.fail_attempt(marker, error)

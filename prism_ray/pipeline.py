@@ -303,7 +303,8 @@ def make_chains(command: Command, runs: Mapping[int, Run], stage: str, chains: S
         each.ledger.event("stage", stage=stage, epoch=each.epoch)
     start(command)
     specs = [each.spec() for each in command.runs]
-    for ref, outcome in interruptible_items(lambda: command.runtime.units(specs, chains)):
+    ordered = longest_first(runs, chains)
+    for ref, outcome in interruptible_items(lambda: command.runtime.units(specs, ordered)):
         each = runs[ref.run]
         if outcome.status == "aborted":
             raise aborted(outcome)
@@ -315,6 +316,16 @@ def make_chains(command: Command, runs: Mapping[int, Run], stage: str, chains: S
             quarantined += outcome.status == "quarantined"
             images += len(each.units[ref.unit].images) if outcome.status == "done" else 0
             command.progress.update(done, images=images, quarantined=quarantined)
+
+
+def longest_first(runs: Mapping[int, Run], chains: Sequence[Chain]) -> list[Chain]:
+    """The order in which workers take units: short ones at the end, when a lost node or a late worker costs most."""
+
+    def cost(chain: Chain) -> int:
+        unit = runs[chain[0].run].units[chain[0].unit]
+        return len(unit.images) * max(unit.iterations, 1)
+
+    return sorted(chains, key=cost, reverse=True)
 
 
 def open_chains(command: Command, n: int, each: Run, stage: str) -> list[Chain]:

@@ -201,6 +201,11 @@ def has_statistics(config: Config, name: str) -> bool:
     return config.teachers.models[name].batch_norm or config.method.conv_statistics
 
 
+def asked(config: Config, guiding: Guiding) -> set[str]:
+    """The networks that run in an iteration: each once, those without anything to match only for their logits."""
+    return {*guiding.logits, *(name for name in guiding.statistics if has_statistics(config, name))}
+
+
 def check_statistics(config: Config, units: Sequence[Unit]) -> None:
     """Refuse a plan in which some draw of statistics teachers has nothing to match.
 

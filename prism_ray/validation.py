@@ -41,6 +41,8 @@ def check_config(config: Config) -> None:
         _check_value("run_id", config.run_id, plain_name)
     for name in config.teachers.models:
         _check_value(f"teachers.models.{name}", name, plain_name)
+    for name in config.compute.pools:
+        _check_value(f"compute.pools.{name}", name, plain_name)
     _check_stages(config)
     _check_teachers(config)
     _check_roles(config)

@@ -265,6 +265,8 @@ def test_what_is_no_fault_of_the_unit_stops_the_run_and_quarantines_nothing(
     assert (outcome.status, outcome.reason, outcome.exit_code) == ("aborted", str(error), code)
     assert compute.calls == 1
     assert ledger.quarantined() == []
+    if isinstance(error, Drained):
+        assert ledger.store.keys("attempts") == [], "the unit goes on elsewhere: this was no attempt"
 
 
 def test_a_full_disk_stops_the_run_instead_of_blaming_the_unit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import spec_of_copy
 from PIL import Image
 
-from prism_ray import cli
+from prism_ray import cli, drain
 from prism_ray.config import Row
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.inspection import open_existing
@@ -250,6 +251,26 @@ def test_a_unit_that_is_done_is_not_made_again(spec: RunSpec) -> None:
     chain = [UnitRef(0, SYNTHESIZE, 1), UnitRef(0, RELABEL, 1)]
     assert [outcome.status for _, outcome in worker.process(chain)] == ["done", "done"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_worker_whose_node_is_about_to_leave_starts_no_unit(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "_is_leaving", lambda: True)
+    worker = Worker([spec], node="here", live_nodes=set)
+    ((ref, outcome),) = worker.process([UnitRef(0, SYNTHESIZE, 1), UnitRef(0, RELABEL, 1)])
+    assert (ref.stage, outcome.status, outcome.exit_code) == (SYNTHESIZE, "aborted", 75)
+    assert spec.ledger().store.keys("attempts") == []
+
+
+def test_a_receipt_says_where_its_unit_was_made(spec: RunSpec, tmp_path: Path) -> None:
+    copy = spec_of_copy(Path(spec.run_dir).parents[1], tmp_path / "copy", ["recipe=digits_smoke", "compute=inline"])
+    copy.ledger().store.remove("receipts/relabel")
+    place = {"pool": "spot", "labels": {"ray.io/market-type": "spot"}}
+    worker = Worker([copy], node="n1", live_nodes=lambda: {"n1"}, place=place)
+    ((_, outcome),) = worker.process([UnitRef(0, RELABEL, 1)])
+    assert outcome.status == "done", outcome.reason
+    (receipt,) = copy.ledger().receipts(RELABEL).values()
+    assert {key: receipt.worker[key] for key in ("node", *place)} == {"node": "n1", **place}
+    assert receipt.worker["peak_memory_bytes"] > 0
 
 
 def test_stages_without_images_are_refused(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import InputError
-from prism_ray.runtime.session import check_fits, fitting, preflight
+from prism_ray.runtime.placement import Node
+from prism_ray.runtime.session import check_fits, preflight
 
 PATTERNS = ("images/*.parquet", "labels/*.parquet", "student/*/model.safetensors")
 SMOKE = ["run", "recipe=digits_smoke"]
@@ -191,10 +192,10 @@ def test_sigterm_ends_a_run_on_ray_within_seconds_and_leaves_no_process(referenc
 def test_a_pool_that_could_wait_for_ever_is_refused_before_ray_starts(cpus: int, actors: int) -> None:
     compute = ComputeConfig(cpus=cpus, actors=actors, cpus_per_actor=1.0)
     if actors <= cpus:
-        check_fits(compute, cpus, 0, where="this machine")
+        check_fits(compute, [Node({"CPU": cpus})], where="this machine")
     else:
         with pytest.raises(InputError, match=r"compute\.actors"):
-            check_fits(compute, cpus, 0, where="this machine")
+            check_fits(compute, [Node({"CPU": cpus})], where="this machine")
 
 
 @pytest.mark.slow
@@ -212,25 +213,6 @@ def test_more_gpus_than_the_machine_has_are_refused_at_once(monkeypatch: pytest.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(InputError, match="needs 8 GPUs, this machine has 0"):
         preflight(ComputeConfig(actors=8, gpus_per_actor=1.0))
-
-
-@pytest.mark.parametrize(
-    ("todo", "cpus", "cpus_each", "expected"), [(10, 2, 0.5, 2), (1, 2, 0.5, 1), (10, 1, 0.5, 1), (10, 8, 2.0, 4)]
-)
-def test_as_many_actors_start_as_the_cluster_holds_and_the_work_needs(
-    todo: int, cpus: float, cpus_each: float, expected: int
-) -> None:
-    assert fitting(None, todo=todo, cpus_each=cpus_each, gpus_each=0, cpus=cpus, gpus=0) == expected
-
-
-@pytest.mark.parametrize(
-    ("cpus_each", "gpus_each", "cpus", "gpus", "expected"),
-    [(1.0, 0.1, 4, 1, 4), (1.0, 1.0, 4, 8, 4), (0.1, 1.0, 1, 8, 8), (0.1, 0.25, 16, 2, 8)],
-)
-def test_gpu_pools_fit_both_cpus_and_gpus(
-    cpus_each: float, gpus_each: float, cpus: float, gpus: float, expected: int
-) -> None:
-    assert fitting(None, todo=20, cpus_each=cpus_each, gpus_each=gpus_each, cpus=cpus, gpus=gpus) == expected
 
 
 def ray_processes() -> list[psutil.Process]:

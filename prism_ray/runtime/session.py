@@ -5,7 +5,8 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import psutil
 
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import InputError
+from prism_ray.runtime.placement import Node, check_one_kind, check_room, pools_of, train_need
 
 CONNECT_TIMEOUT_S = 3.0
 
@@ -23,6 +25,12 @@ def local_resources(compute: ComputeConfig) -> tuple[float, float]:
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = compute.cpus or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     return float(cpus), float(_visible_gpus())
+
+
+def local_node(compute: ComputeConfig) -> Node:
+    """The one node of a local cluster."""
+    cpus, gpus = local_resources(compute)
+    return Node({"CPU": cpus, "GPU": gpus})
 
 
 def _visible_gpus() -> int:
@@ -45,54 +53,53 @@ def preflight(compute: ComputeConfig) -> None:
     Raises:
         InputError: one line with the way out.
     """
-    if compute.gpus_per_actor > 1 and compute.gpus_per_actor != int(compute.gpus_per_actor):
-        raise InputError(
-            f"compute.gpus_per_actor={compute.gpus_per_actor}: above 1 only whole GPUs can be reserved; "
-            f"use {int(compute.gpus_per_actor)} or a fraction below 1"
-        )
+    _check_gpu_shares(compute)
+    _check_autoscaling(compute)
     address = cluster_address(compute)
     if address is None:
-        check_fits(compute, *local_resources(compute), where="this machine")
+        check_fits(compute, [local_node(compute)], where="this machine")
     elif address != "auto":
         _check_reachable(address)
 
 
-def check_fits(compute: ComputeConfig, cpus: float, gpus: float, *, where: str) -> None:
-    """Refuse a pool of actors or training workers that would wait for ever for CPUs or GPUs."""
-    actors, workers = compute.actors or 1, compute.train_workers or 1
-    wanted = {
-        "compute.actors": (actors, compute.cpus_per_actor, compute.gpus_per_actor),
-        "compute.train_workers": (workers, 1.0, compute.gpus_per_train_worker),
-        "compute.workers_per_student": (
-            compute.min_workers_per_student or compute.workers_per_student,
-            1.0,
-            compute.gpus_per_train_worker,
-        ),
-    }
-    for key, (count, cpus_each, gpus_each) in wanted.items():
-        if count * gpus_each > gpus:
+def check_fits(compute: ComputeConfig, nodes: Sequence[Node], *, where: str) -> None:
+    """Refuse a pool of actors or training workers that would wait for ever, or that would mix kinds of devices."""
+    may_grow = cluster_address(compute) is not None
+    if not compute.autoscaling:
+        for pool in pools_of(compute):
+            check_room(pool.key, pool.most or 1, pool.need, nodes, where=where, may_grow=may_grow)
+        for key, count in {
+            "compute.train_workers": compute.train_workers or 1,
+            "compute.workers_per_student": compute.min_workers_per_student or compute.workers_per_student,
+        }.items():
+            check_room(key, count, train_need(compute), nodes, where=where, may_grow=may_grow)
+    check_one_kind(compute, nodes)
+
+
+def _check_autoscaling(compute: ComputeConfig) -> None:
+    """Refuse a cluster that is to grow without anything that says how far."""
+    if not compute.autoscaling:
+        return
+    if cluster_address(compute) is None:
+        raise InputError(
+            "compute.autoscaling=true: a local cluster does not grow; join one (compute.address or RAY_ADDRESS), or "
+            "leave it out"
+        )
+    for pool in pools_of(compute):
+        if pool.most is None:
             raise InputError(
-                f"{key}={count} with {gpus_each:g} GPUs each: needs {count * gpus_each:g} GPUs, {where} has {gpus:g}; "
-                "lower the count or the GPUs each, or join a cluster (compute.address)"
+                f"compute.autoscaling=true: {pool.key} must say how many actors to ask the cluster for; set it"
             )
-        if count * cpus_each > cpus:
+
+
+def _check_gpu_shares(compute: ComputeConfig) -> None:
+    shares = {"compute.gpus_per_actor": compute.gpus_per_actor}
+    shares |= {f"compute.pools.{name}.gpus": pool.gpus or 0.0 for name, pool in compute.pools.items()}
+    for key, gpus in shares.items():
+        if gpus > 1 and gpus != int(gpus):
             raise InputError(
-                f"{key}={count} with {cpus_each:g} CPUs each: needs {count * cpus_each:g} CPUs, {where} has {cpus:g} "
-                "and would wait for ever; lower the count or compute.cpus_per_actor"
+                f"{key}={gpus}: above 1 only whole GPUs can be reserved; use {int(gpus)} or a fraction below 1"
             )
-
-
-def fitting(count: int | None, *, todo: int, cpus_each: float, gpus_each: float, cpus: float, gpus: float) -> int:
-    """How many actors to start: as set, or as many as the cluster holds, never more than there is work.
-
-    Without GPUs at most one per CPU, however small its share; with GPUs as many as both GPUs and CPUs hold.
-    """
-    if count is None:
-        slack = 1e-9  # 1 / 0.1 must count as 10
-        count = int(cpus / (cpus_each if gpus_each > 0 else max(cpus_each, 1.0)) + slack)
-        if gpus_each > 0:
-            count = min(count, int(gpus / gpus_each + slack))
-    return max(1, min(count, todo))
 
 
 def _check_reachable(address: str) -> None:
@@ -153,8 +160,7 @@ def start(compute: ComputeConfig) -> None:
             f"compute.address={address!r}: cannot join ({reason}); check versions and RAY_AUTH_TOKEN"
         ) from error
     if not local:
-        resources = ray.cluster_resources()
-        check_fits(compute, resources.get("CPU", 0.0), resources.get("GPU", 0.0), where=f"the cluster at {address}")
+        check_fits(compute, list(cluster_nodes().values()), where=f"the cluster at {address}")
 
 
 @contextmanager
@@ -169,6 +175,44 @@ def _silenced_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(sink)
+
+
+def all_nodes() -> dict[str, Node]:
+    """Nodes of the cluster that are alive, by id."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: Node(node["Resources"], node.get("Labels") or {}) for node in nodes}
+
+
+def cluster_nodes() -> dict[str, Node]:
+    """Those of them that are not about to leave."""
+    leaving = draining_nodes()
+    return {node_id: node for node_id, node in all_nodes().items() if node_id not in leaving}
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to leave: preempted, scaled down, or told to by SIGTERM.
+
+    Ray has no public call for it; this is the one by which its own libraries find out.
+    """
+    from ray._private import state
+
+    return set(state.state.get_draining_nodes())
+
+
+class Notice:
+    """Whether a node is about to leave. Stages ask in every step, the cluster is asked once in `POLL_S` seconds."""
+
+    POLL_S = 2.0
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id, self._asked, self._given = node_id, -self.POLL_S, False
+
+    def __call__(self) -> bool:
+        if not self._given and time.monotonic() - self._asked >= self.POLL_S:
+            self._asked, self._given = time.monotonic(), self._node_id in draining_nodes()
+        return self._given
 
 
 def abandon(compute: ComputeConfig) -> None:

@@ -16,9 +16,11 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from prism_ray import drain
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import ExitCode, InputError, PrismError, one_line
-from prism_ray.runtime.session import fitting
+from prism_ray.runtime.placement import room, train_need
+from prism_ray.runtime.session import Notice, cluster_nodes
 from prism_ray.stages.data_parallel import Group
 from prism_ray.stages.item_worker import ItemWorker
 from prism_ray.storage import Store, open_store, read_json, to_json
@@ -38,7 +40,8 @@ def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
     scaling = ray.train.ScalingConfig(
         num_workers=_joint_workers(compute) if are_joint else _separate_workers(compute, len(items)),
         use_gpu=gpus_each > 0,
-        resources_per_worker={"CPU": 1.0, **({"GPU": gpus_each} if gpus_each > 0 else {})},
+        resources_per_worker=train_need(compute).amounts(),
+        label_selector=compute.train_labels or None,
         elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
     )
     store, folder = open_store(address_of(items[0])), f"{TROUBLES}/{uuid.uuid4().hex}"
@@ -73,15 +76,11 @@ def _joint_workers(compute: ComputeConfig) -> int | tuple[int, int]:
 
 
 def _separate_workers(compute: ComputeConfig, todo: int) -> int:
-    resources = ray.cluster_resources()
-    return fitting(
-        compute.train_workers,
-        todo=todo,
-        cpus_each=1.0,
-        gpus_each=compute.gpus_per_train_worker,
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-    )
+    """As many as are set, or as fit now, at most one per piece of work."""
+    nodes = list(cluster_nodes().values())
+    fit = room(train_need(compute), nodes)
+    wanted = compute.train_workers if compute.autoscaling else min(compute.train_workers or fit, fit)
+    return max(1, min(wanted or max(fit, 1), todo))
 
 
 def _train_share(config: dict[str, Any]) -> None:
@@ -98,6 +97,7 @@ def _train_share(config: dict[str, Any]) -> None:
         (joint if config["are_joint"] and isinstance(item, StudentItem) else separate).append(item)
     if joint and store.keys(folder):
         return  # a group that starts again after an error that trying again can't mend
+    drain.watch(Notice(ray.get_runtime_context().get_node_id()))
     worker = ItemWorker()
     try:
         for item in joint:

@@ -1,9 +1,13 @@
-"""Units on Ray Data: plan rows in, an actor pool that holds the models, outcomes out."""
+"""Units on Ray Data: plan rows in, pools of actors that hold the models, outcomes out."""
 
 import json
+import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import cycle
 from typing import Any
 
 import ray
@@ -11,15 +15,19 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
+from prism_ray import drain
 from prism_ray.config import ComputeConfig
-from prism_ray.errors import PrismError, one_line
+from prism_ray.errors import ExitCode, PrismError, one_line
 from prism_ray.ledger import Outcome
 from prism_ray.runtime.metrics import UnitMetrics
-from prism_ray.runtime.session import fitting
+from prism_ray.runtime.placement import Need, Pool, place, pool_here, pools_of, sizes
+from prism_ray.runtime.session import Notice, all_nodes, cluster_nodes
 from prism_ray.stages.worker import Worker
 from prism_ray.work import Chain, RunSpec, UnitRef
 
 NODE_CACHE_S = 5.0
+ANSWER_S = 5.0
+"""Time for the last answer of an actor that leaves with its node; one that is lost is asked for again elsewhere."""
 
 RESTART_S = 120.0
 """A process that ended starts again within this time, Ray and models included."""
@@ -28,20 +36,15 @@ RESTART_S = 120.0
 def run_units(
     compute: ComputeConfig, specs: Sequence[RunSpec], chains: Sequence[Chain]
 ) -> Iterator[tuple[UnitRef, Outcome]]:
-    """Make units on an actor pool that holds the models, yielding how each ended, in the order they end.
+    """Make units on actors that hold the models, yielding how each ended, in the order they end.
 
     Ray Data neither decides what a unit is (a block holds one row, a call gets one block) nor writes anything: the
-    actor publishes its own shard, and errors come back as rows.
+    actor publishes its own shard, and errors come back as rows. An actor is given a unit when it has none, so a lost
+    node costs no more than the units that were being made there.
     """
-    resources = ray.cluster_resources()
-    actors = fitting(
-        compute.actors,
-        todo=len(chains),
-        cpus_each=compute.cpus_per_actor,
-        gpus_each=compute.gpus_per_actor,
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-    )
+    pools = pools_of(compute)
+    counts = sizes(pools, list(cluster_nodes().values()), todo=len(chains), grows=compute.autoscaling)
+    pools = [pool for pool in pools if pool.name in counts]
     # The guard counts moving blocks only, so a unit longer than its default of 30 minutes would end the run. Units end
     # themselves in time; this is for actors that never start, and long enough for one that fails as often as it may.
     context = ray.data.DataContext.get_current()
@@ -50,15 +53,18 @@ def run_units(
     no_progress_s = tries * (compute.unit_timeout_s + RESTART_S)
     context.execution_no_progress_timeout_s = no_progress_s
     rows = [{"chain": json.dumps([asdict(ref) for ref in chain])} for chain in chains]
-    # Items are blocks of the driver: unlike a read, they need no task and so no CPU beside the pool.
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Actor,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=compute.cpus_per_actor,
-        num_gpus=compute.gpus_per_actor or None,
-        fn_constructor_kwargs={"specs": list(specs)},
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+        # Items are blocks of the driver: unlike a read, they need no task and so no CPU beside the pool.
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Actor,
+            batch_size=1,
+            # Actors that the cluster has no room for yet wait, which is what an autoscaler goes by.
+            compute=ray.data.ActorPoolStrategy(size=sum(counts.values()), max_tasks_in_flight_per_actor=1),
+            fn_constructor_kwargs={"specs": list(specs), "pools": pools},
+            **_options(pools[0].need),
+            ray_remote_args_fn=_in_turn(pools, counts) if len(pools) > 1 else None,
+        )
     try:
         for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
             for ref, outcome in json.loads(str(batch["outcomes"][0])):
@@ -72,23 +78,57 @@ def run_units(
         raise PrismError(f"Ray ended the run: {one_line(error)[:300]}; run the same command to continue") from error
 
 
+def _options(need: Need) -> dict[str, Any]:
+    """What an actor reserves, in Ray's words."""
+    named = {"resources": dict(need.resources), "label_selector": dict(need.labels)}
+    return {"num_cpus": need.cpus, "num_gpus": need.gpus, **named}
+
+
+def _in_turn(pools: Sequence[Pool], counts: dict[str, int]) -> Callable[[], dict[str, Any]]:
+    """Options of one actor after the other, each pool's as often as it has actors.
+
+    All pools are one to Ray Data, so that whichever actor is free gets the next unit. Ray marks the argument that this
+    is for as removed from 2.64 on, which `pyproject.toml` excludes.
+    """
+    options = cycle([_options(pool.need) for pool in pools for _ in range(counts[pool.name])])
+    return lambda: next(options)
+
+
 class _Actor:
     """A worker on an actor: one row in, one row out, nothing raised for a unit's own fault."""
 
-    def __init__(self, specs: list[RunSpec]) -> None:
+    def __init__(self, specs: list[RunSpec], pools: list[Pool]) -> None:
         self._nodes: tuple[float, set[str]] = (0.0, set())
-        node = ray.get_runtime_context().get_node_id()
-        observe = UnitMetrics(specs).record
-        self._worker = Worker(specs, node=node, live_nodes=self._live_nodes, observe=observe)
+        here = ray.get_runtime_context()
+        self._node = here.get_node_id()
+        drain.watch(Notice(self._node))
+        node = all_nodes()[self._node]
+        pool = pool_here(pools, node, here.get_assigned_resources())
+        self._worker = Worker(
+            [_in_pool(spec, pool) for spec in specs],
+            node=self._node,
+            live_nodes=self._live_nodes,
+            place=place(pool, node),
+            observe=UnitMetrics(specs).record,
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         (row,) = batch["chain"]
         chain = [UnitRef(**ref) for ref in json.loads(str(row))]
-        return {
-            "outcomes": [json.dumps([(asdict(ref), asdict(outcome)) for ref, outcome in self._worker.process(chain)])]
-        }
+        outcomes = self._worker.process(chain)
+        if outcomes[-1][1].exit_code == ExitCode.drained:
+            os._exit(1)  # Ray starts this actor again on a node that stays, and hands it the same chain
+        if drain.should_stop():
+            threading.Timer(ANSWER_S, os._exit, [1]).start()
+        return {"outcomes": [json.dumps([(asdict(ref), asdict(outcome)) for ref, outcome in outcomes])]}
 
     def _live_nodes(self) -> set[str]:
         if time.monotonic() - self._nodes[0] > NODE_CACHE_S:
-            self._nodes = (time.monotonic(), {node["NodeID"] for node in ray.nodes() if node["Alive"]})
+            self._nodes = (time.monotonic(), set(cluster_nodes()))
         return self._nodes[1]
+
+
+def _in_pool(spec: RunSpec, pool: Pool) -> RunSpec:
+    """The run as a pool's actor sees it: with its share of GPUs, by which stages choose their device."""
+    compute = replace(spec.config.compute, gpus_per_actor=pool.need.gpus)
+    return replace(spec, config=replace(spec.config, compute=compute))

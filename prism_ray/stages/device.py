@@ -9,11 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow
 import torch
 
 from prism_ray.artifacts import local_folder
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.errors import InputError
 from prism_ray.models.classifier import Classifier, build_classifier, frozen, load_classifier
 from prism_ray.work import RunSpec
 
@@ -44,7 +46,16 @@ def untrained(dataset: PreparedDataset, arch: str, model_args: Mapping[str, Any]
 
 
 def pick_device(gpus: float) -> torch.device:
-    """CUDA if this worker was given a share of a GPU, else the CPU."""
+    """CUDA if this worker was given a share of a GPU, else the CPU.
+
+    Raises:
+        InputError: it was given one, and torch finds none.
+    """
+    if gpus > 0 and not torch.cuda.is_available():
+        raise InputError(
+            f"compute: this worker was given {gpus:g} GPUs of its node, and torch finds none there; install a CUDA "
+            "build of torch and a driver that it supports on the nodes, or set the GPUs of actors and workers to 0"
+        )
     return torch.device("cuda" if gpus > 0 else "cpu")
 
 
@@ -82,6 +93,15 @@ def cpu_kind() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_memory(device: torch.device, gpus: float) -> tuple[int, str]:
+    """Bytes that a worker may use, and what has them: its share of a GPU, or the node."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = "" if gpus >= 1 else f"{gpus:g} of "
+        return int(total * min(gpus, 1.0)), f"{share}{torch.cuda.get_device_name(device)}"
+    return psutil.virtual_memory().total, "its node"
 
 
 def peak_memory_bytes() -> int:

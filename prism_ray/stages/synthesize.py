@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from prism_ray.artifacts import artifact_facts
+from prism_ray.errors import InputError
 from prism_ray.identity import images_hash
 from prism_ray.ledger import Receipt
 from prism_ray.methods.attributes import apply_attributes, draw_values
@@ -22,9 +23,11 @@ from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
 from prism_ray.models.classifier import Classifier
+from prism_ray.models.memory import kept_bytes, shortage, step_bytes, weight_bytes
 from prism_ray.options import Engine, Reduction
 from prism_ray.plan import (
     Unit,
+    asked,
     energy_teachers,
     guided,
     guiding_pool,
@@ -34,7 +37,14 @@ from prism_ray.plan import (
 )
 from prism_ray.schema import IMAGE_COLUMNS, image_schema
 from prism_ray.seeds import seed_for
-from prism_ray.stages.device import deterministic, fingerprint, peak_memory_bytes, pick_device, teacher_of
+from prism_ray.stages.device import (
+    deterministic,
+    device_memory,
+    fingerprint,
+    peak_memory_bytes,
+    pick_device,
+    teacher_of,
+)
 from prism_ray.stages.initial import Started, open_starts
 from prism_ray.stages.statistics import targets_for
 from prism_ray.work import RunSpec, image_receipt
@@ -70,6 +80,7 @@ class Synthesizer:
         self._facts = {name: artifact_facts(spec.teacher_dirs[name]) for name in self._teachers}
         self._sampling = _Sampling(spec, self._teachers, self.device) if needs_generator(spec.config) else None
         self._start_of = None if self._sampling else open_starts(spec)
+        self._is_memory_checked = False
 
     def compute(self, unit: Unit) -> tuple[pa.Table, Receipt]:
         """The unit's shard and its receipt, lacking what only publishing knows."""
@@ -108,8 +119,28 @@ class Synthesizer:
         values = [draw_values(seed_for(image.seed, "attributes"), share=share) for image in unit.images]
         return apply_attributes(pixels, values, [seed_for(image.seed, "attribute strength") for image in unit.images])
 
+    def _check_memory(self, unit: Unit) -> None:
+        """Refuse a batch of which one step can't fit this worker's device; looked at once, as units are alike.
+
+        Raises:
+            InputError: before anything is computed; out of memory in the middle would cost every attempt.
+        """
+        self._is_memory_checked = True
+        sizes = {"image_size": self.dataset.image_size, "in_chans": self.dataset.channels}
+        weights = {name: weight_bytes(teacher) for name, teacher in self._teachers.items()}
+        steps = {frozenset(asked(self.config, guiding)) for _, guiding in guided(self.config, unit)}
+        kept = {name: kept_bytes(self._teachers[name], **sizes) for name in set().union(*steps)}
+        batch_size = len(unit.images)
+        needed = max((step_bytes(weights, kept, sorted(names), batch_size=batch_size) for names in steps), default=0)
+        present, where = device_memory(self.device, self.config.compute.gpus_per_actor)
+        short = shortage(needed, present, where=where, batch_size=batch_size)
+        if short:
+            raise InputError(short)
+
     def _invert(self, unit: Unit, started: Started) -> Made:
         method, size = self.config.method, self.dataset.image_size
+        if not self._is_memory_checked:
+            self._check_memory(unit)
         areas = crop_areas(
             unit.iterations,
             curriculum=method.crop_curriculum.name,

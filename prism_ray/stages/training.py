@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prism_ray.artifacts import StoredFile
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.drain import should_stop
 from prism_ray.errors import PrismError
 from prism_ray.methods.distillation import make_optimizer
 from prism_ray.methods.metrics import top1
@@ -166,7 +167,7 @@ def fit(
         loss_of: (forward pass, batch) → mean loss over the share.
         evaluate: network → top-1 on test images, 0 to 1; called every `evaluate_every` steps, changes nothing.
         in_background: prepare batches ahead, in a thread of their own.
-        group: workers that train this network together.
+        group: workers that train this network together; one alone also keeps a checkpoint when its node gives notice.
 
     Returns:
         The network to keep, in eval mode: the trained one, or that of the averaged parameters; and the record.
@@ -182,6 +183,7 @@ def fit(
     kept = network if average is None else cast(N, average.module)
     state = {"module": network, "optimizer": optimizer, "average": None if average is None else kept}
     first, record = _resumed(checkpoints, state)
+    is_leaving = False  # seen once is enough: from here on only the steps until the node leaves are done again
     group.check_same(first, device)
     with (
         group.joint_batch_norm(network),
@@ -212,6 +214,8 @@ def fit(
             epoch = course.ends_epoch(step)
             is_last = step + 1 == course.num_steps
             is_due = checkpoints.keep_last if is_last else (step + 1) % checkpoints.every == 0
+            if group.size == 1 and not is_leaving and not is_last and should_stop():
+                is_leaving = is_due = True
             if is_due or epoch is not None:
                 record.add_sums(group.summed(losses).item(), group.summed_hash(order_hash % 2**64, device))
                 losses, order_hash = torch.zeros_like(losses), 0

@@ -1,10 +1,14 @@
 """What an executor runs: one object per worker process that does any unit of any stage of the runs it was told of."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
+from prism_ray.drain import should_stop
+from prism_ray.errors import ExitCode
 from prism_ray.ledger import Attempt, Outcome, Receipt, run_unit
 from prism_ray.plan import Unit
 from prism_ray.schema import IMAGE_COLUMNS, LABEL_COLUMNS
@@ -21,7 +25,8 @@ class Worker:
     Args:
         specs: the runs.
         node: name of this worker's node.
-        live_nodes: names of the nodes that are alive now.
+        live_nodes: names of the nodes that are alive now and stay so.
+        place: what else is known of where this worker is; noted in receipts.
         observe: told of every unit as it ends, with its seconds.
     """
 
@@ -31,9 +36,11 @@ class Worker:
         *,
         node: str,
         live_nodes: Callable[[], Collection[str]],
+        place: Mapping[str, Any] | None = None,
         observe: Callable[[UnitRef, Outcome, float], None] = lambda ref, outcome, seconds: None,
     ) -> None:
         self._specs, self._node, self._live_nodes, self._observe = specs, node, live_nodes, observe
+        self._place = {"node": node, **(place or {})}
         self._plans: dict[int, list[Unit]] = {}
         self._synthesizers: dict[int, Synthesizer] = {}
         self._relabelers: dict[int, Relabeler] = {}
@@ -57,22 +64,20 @@ class Worker:
         compute = spec.config.compute
         attempt = Attempt(spec.epoch, self._node, self._live_nodes, compute.max_attempts, compute.unit_timeout_s)
         unit = self._plan(ref.run)[ref.unit]
-        if ref.stage == SYNTHESIZE:
-            return run_unit(
-                ledger,
-                image_receipt(unit),
-                lambda: _checked(unit, self._synthesizer(ref.run).compute(unit), IMAGE_COLUMNS),
-                attempt,
-            )
-        images = ledger.receipt(SYNTHESIZE, unit.name)
-        assert images is not None, f"unit {unit.name} is labelled before its images exist"
-        receipt = label_receipt(unit, images)
-        return run_unit(
-            ledger,
-            receipt,
-            lambda: _checked(unit, self._relabeler(ref.run).compute(unit, receipt), LABEL_COLUMNS),
-            attempt,
-        )
+        if should_stop():
+            return Outcome("aborted", unit.name, "its node is about to leave", exit_code=int(ExitCode.drained))
+        images = None if ref.stage == SYNTHESIZE else ledger.receipt(SYNTHESIZE, unit.name)
+        assert images or ref.stage == SYNTHESIZE, f"unit {unit.name} is labelled before its images exist"
+        receipt = label_receipt(unit, images) if images else image_receipt(unit)
+
+        def make() -> tuple[pa.Table, Receipt]:
+            if images:
+                made = _checked(unit, self._relabeler(ref.run).compute(unit, receipt), LABEL_COLUMNS)
+            else:
+                made = _checked(unit, self._synthesizer(ref.run).compute(unit), IMAGE_COLUMNS)
+            return made[0], replace(made[1], worker={**made[1].worker, **self._place})
+
+        return run_unit(ledger, receipt, make, attempt)
 
     def _plan(self, run: int) -> list[Unit]:
         if run not in self._plans:
