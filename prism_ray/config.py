@@ -585,6 +585,12 @@ class ComputeConfig:
         check=up_to_a_year,
         output=False,
     )
+    unit_checkpoint_s: float | None = setting(
+        300.0,
+        doc="a unit that takes longer keeps its state in the run folder this often, and goes on from it; null: never",
+        check=not_negative,
+        output=False,
+    )
     effective_tflops: float = setting(
         0.01, doc="sustained TFLOP/s of one device, for the estimate of `plan`", check=positive, output=False
     )

@@ -35,7 +35,7 @@ from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.staging import found_here
 from prism_ray.storage import LocalStore, is_remote, open_store, read_json
-from prism_ray.work import RELABEL, SYNTHESIZE, weights_sha256
+from prism_ray.work import RELABEL, SYNTHESIZE, lost_images, weights_sha256
 
 
 def describe(config: Config) -> str:
@@ -216,6 +216,7 @@ def status_text(config: Config) -> str:
     lines.append(f"  distill     {sum(item.is_done for item in students)}/{len(students)} networks")
     lines.append(f"  quarantine  {len(given_up)} units")
     lines += [f"    {e['stage']} {e['name']}: {e['reason']}" for e in given_up]
+    lines += [f"  no image    {e['image_id']}: {e['reason']}" for e in lost_images(run.ledger.receipts(SYNTHESIZE))]
     return "\n".join(lines)
 
 

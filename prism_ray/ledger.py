@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
 FOLDERS = {"synthesize": "images", "relabel": "labels", "distill": "student"}
 """Where the objects of each stage lie."""
+UNFINISHED = "unfinished"
+"""Folder of what long units keep on the way, see `stages.unfinished`; nothing in it when a run is complete."""
 
 
 class NondeterministicUnit(PrismError):

@@ -17,7 +17,7 @@ from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import Fenced, InputError, PrismError, StorageError, one_line
 from prism_ray.generation import generator_digest
 from prism_ray.identity import config_hash, content_hash, images_hash, output_settings, plain, run_id
-from prism_ray.ledger import FOLDERS, MANIFEST, Ledger, Receipt
+from prism_ray.ledger import FOLDERS, MANIFEST, UNFINISHED, Ledger, Receipt
 from prism_ray.lock import RunLock
 from prism_ray.options import Init, LabelKind
 from prism_ray.plan import Unit, has_statistics, needs_starts, needs_statistics_pass, statistics_pool
@@ -30,6 +30,7 @@ from prism_ray.storage import (
 )
 from prism_ray.work import (
     DISTILL,
+    LOST,
     PROMPTS_FILE,
     RELABEL,
     STARTS_FILE,
@@ -43,6 +44,7 @@ from prism_ray.work import (
     StudentItem,
     image_receipt,
     label_receipt,
+    lost_images,
     started_from,
     starts_item,
     statistics_item,
@@ -209,7 +211,11 @@ class Run:
         for stage in (SYNTHESIZE, RELABEL, DISTILL):
             receipts = [receipt for _, receipt in sorted(self.ledger.receipts(stage).items())]
             content[stage] = [{key: getattr(receipt, key) for key in LISTED} for receipt in receipts]
+        lost = lost_images(self.ledger.receipts(SYNTHESIZE))
+        if lost:
+            content[LOST] = lost
         if self.ledger.manifest() != content:
+            self.store.remove(UNFINISHED)  # of units whose process was killed between their receipt and this
             self.ledger.write_manifest(content)
 
     # Teachers and pins

@@ -32,7 +32,7 @@ from prism_ray.report.contents import (
 )
 from prism_ray.runs import PINS, TEACHER_PIN, Run, versions
 from prism_ray.storage import Store, is_remote, open_store, read_json, to_json
-from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr
+from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr, lost_images
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
@@ -115,6 +115,7 @@ def summarize(run: Run) -> RunSummary:
             Quarantined(unit_id=f"{e['stage']} {e['name']} ({e['unit_id']})", reason=e["reason"])
             for e in run.ledger.quarantined()
         ],
+        lost_images=[Quarantined(unit_id=e["image_id"], reason=e["reason"]) for e in lost_images(images)],
         synthesis_s=seconds,
         images_per_s=num_images / seconds if made and seconds else None,
         teachers=teachers,
@@ -361,6 +362,9 @@ def closing_text(
             f"{len(quarantined)} units quarantined; `prism-ray retry` with the same settings tries them again",
             "",
         ]
+    lost = [entry for run in runs for entry in lost_images(run.ledger.receipts(SYNTHESIZE))]
+    if lost:
+        lines += [f"{len(lost)} images could not be made ({lost[0]['image_id']}: {lost[0]['reason']}, …)", ""]
     optimized = [run for run in runs if run.config.method.engine is Engine.inversion]
     shown = (optimized or list(runs))[-1]
     if report is not None:

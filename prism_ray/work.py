@@ -3,8 +3,8 @@
 Everything here is light: the driver plans and counts with it without importing torch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,8 @@ SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
 DIVERSITY = "metrics/diversity.json"
 DIVERSITY_VERSION = 3
 """Raised when it holds other measures, so that old ones are made again."""
+LOST = "lost_images"
+"""In the details of a receipt of images: those that could not be made, with their reasons."""
 STATISTICS_FILE, STARTS_FILE = "statistics.safetensors", "starts.parquet"
 PROMPTS_FILE = "prompts.jsonl"
 TROUBLES = ".train"
@@ -362,6 +364,17 @@ def address_of(item: Item) -> str:
 def image_receipt(unit: Unit) -> Receipt:
     """The receipt of an image shard before it is made. Its inputs are pinned by the run, so none are listed."""
     return Receipt(stage=SYNTHESIZE, name=unit.name, unit_id=unit.unit_id, key=f"images/{unit.name}.parquet")
+
+
+def lost_images(images: Mapping[str, Receipt]) -> list[dict[str, str]]:
+    """Images of a run that could not be made, though their units were: id and reason; from its receipts by unit."""
+    return [entry for _, receipt in sorted(images.items()) for entry in receipt.details.get(LOST, [])]
+
+
+def without_lost(unit: Unit, details: Mapping[str, Any]) -> Unit:
+    """A unit with the images that its shard holds: those that could not be made are in the details of its receipt."""
+    lost = {entry["image_id"] for entry in details.get(LOST, [])}
+    return replace(unit, images=tuple(i for i in unit.images if i.image_id not in lost)) if lost else unit
 
 
 def label_receipt(unit: Unit, images: Receipt) -> Receipt:

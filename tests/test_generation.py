@@ -1,5 +1,6 @@
 """Sampling from a generator, end to end on the smoke recipe: a pipeline is trained, prompted, calibrated, sampled."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -17,17 +18,19 @@ from commands import Command, products, spec_of_copy
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from pipelines import save_twin
 
-from prism_ray import cli
+from prism_ray import cli, drain
 from prism_ray.artifacts import MARKER
 from prism_ray.config import Row
 from prism_ray.data.imagenet_names import class_names
-from prism_ray.errors import PrismError
+from prism_ray.errors import Drained, PrismError
 from prism_ray.generation import generator_of
 from prism_ray.models.classifier import build_classifier, load_classifier, save_classifier
 from prism_ray.options import Keep
+from prism_ray.plan import Unit
 from prism_ray.prompts.names import class_phrases
 from prism_ray.prompts.table import from_jsonl
 from prism_ray.runs import locate
+from prism_ray.seeds import seed_for
 from prism_ray.stages.generator import make_generator
 from prism_ray.stages.guided import candidates_of
 from prism_ray.stages.synthesize import Synthesizer
@@ -541,3 +544,153 @@ def test_real_images_can_be_shown_with_the_attributes_of_a_world(models: Path, p
     same = [a == b for a, b in zip(pngs("plain"), pngs("changed"), strict=True)]
     assert any(same), "half of them stay as they are"
     assert not all(same)
+
+
+# What a unit keeps on the way, and images that are no numbers
+
+
+def with_sampling(spec: RunSpec, **changes: Any) -> RunSpec:
+    sampling = replace(spec.config.method.sampling, **changes)
+    return replace(spec, config=replace(spec.config, method=replace(spec.config.method, sampling=sampling)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"oversample": 2.0, "abort_at": 0.5, "sampler": "ddpm"}], ids=["plain", "candidates that drop out"]
+)
+def test_micro_batches_that_are_done_are_kept_when_the_node_leaves(
+    changes: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_sampling(sampling_spec(finished, tmp_path / "copy"), **changes)
+    unit, made = spec.units()[0], Synthesizer(spec)
+    assert made._sampling is not None
+    sampler, begun = made._sampling._sampler, []
+    own = sampler._advance
+    monkeypatch.setattr(sampler, "_advance", lambda *args: (begun.append(0), own(*args))[1])
+    whole, _ = made.compute(unit)
+    total = len(begun)
+    monkeypatch.setattr(drain, "_is_leaving", lambda: True)
+    for left in range(total):
+        begun.clear()
+        with pytest.raises(Drained):
+            made.compute(unit)
+        assert len(begun) == 1, f"of the {total - left} micro-batches that were left"
+    monkeypatch.setattr(drain, "_is_leaving", None)
+    begun.clear()
+    table, _ = made.compute(unit)
+    assert begun == []
+    assert table.to_pylist() == whole.to_pylist()
+
+
+class Breaking:
+    """Makes a generator answer NaN for one place of a micro-batch, at one step of its n-th to m-th micro-batch."""
+
+    def __init__(self, made: Synthesizer, batches: range, place: int, *, step: int = 2, steps: int = 4) -> None:
+        assert made._sampling is not None
+        self._calls, self._batches, self._place, self._step, self._steps = 0, batches, place, step, steps
+        self._handle = made._sampling._sampler._generator.network.register_forward_hook(self._answer)
+
+    def _answer(self, network: Any, arguments: Any, output: Any) -> Any:
+        batch, step = divmod(self._calls, self._steps)
+        self._calls += 1
+        if batch not in self._batches or step != self._step:
+            return output
+        broken = output[0].clone()
+        broken[self._place, 0, 0, 0] = torch.nan
+        return (broken,)
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def many(unit: Unit, count: int) -> Unit:
+    """A unit of so many images."""
+    images = [replace(unit.images[n % len(unit.images)], image_id=f"i{n}", seed=n) for n in range(count)]
+    return replace(unit, images=tuple(images))
+
+
+@pytest.mark.parametrize("place", [0, 5])
+def test_one_image_of_64_that_is_no_number_is_drawn_again_and_the_others_keep_their_bytes(
+    place: int, finished: Path, tmp_path: Path
+) -> None:
+    spec = sampling_spec(finished, tmp_path / "copy")
+    made = Synthesizer(spec)
+    unit = many(spec.units()[0], 64)
+    clean, receipt = made.compute(unit)
+    assert receipt.details["restarted_images"] == 0
+    with Breaking(made, range(1, 2), place):
+        table, receipt = made.compute(unit)
+    rows, expected = table.to_pylist(), clean.to_pylist()
+    hit = 8 + place
+    assert receipt.details["restarted_images"] == 1
+    assert [n for n in range(64) if rows[n] != expected[n]] == [hit]
+    assert rows[hit]["seed"] == seed_for(expected[hit]["seed"], "restart", 1)
+    assert np.isfinite(rows[hit]["energy"])
+    with Breaking(made, range(1, 2), place):
+        assert made.compute(unit)[0].to_pylist() == rows, "again"
+
+
+def test_an_image_that_stays_no_number_is_left_out_with_its_reason(finished: Path, tmp_path: Path) -> None:
+    spec = sampling_spec(finished, tmp_path / "copy")
+    made, unit = Synthesizer(spec), many(spec.units()[0], 16)
+    clean, _ = made.compute(unit)
+    with Breaking(made, range(1, 4), 0):  # its second micro-batch, and both of its restarts, which are alone
+        table, receipt = made.compute(unit)
+    assert table.to_pylist() == [row for n, row in enumerate(clean.to_pylist()) if n != 8]
+    assert receipt.details["lost_images"] == [
+        {"image_id": "i8", "reason": "not finite, and neither from 2 other seeds"}
+    ]
+    assert receipt.details["restarted_images"] == 1
+
+
+def test_a_unit_without_any_image_that_is_a_number_fails(finished: Path, tmp_path: Path) -> None:
+    spec = sampling_spec(finished, tmp_path / "copy")
+    made, unit = Synthesizer(spec), many(spec.units()[0], 1)
+    with Breaking(made, range(9), 0), pytest.raises(FloatingPointError, match="none of 1 samples is finite"):
+        made.compute(unit)
+
+
+def test_samples_that_depend_on_each_other_fail_together(finished: Path, tmp_path: Path) -> None:
+    spec = sampling_spec(finished, tmp_path / "copy")
+    coupled = replace(spec, config=replace(spec.config, method=replace(spec.config.method, bn_weight=0.1)))
+    made, unit = Synthesizer(coupled), coupled.units()[0]
+    with (
+        Breaking(made, range(1), 0),
+        pytest.raises(FloatingPointError, match="makes those of a micro-batch depend"),
+    ):
+        made.compute(unit)
+
+
+def test_a_run_with_an_image_that_can_not_be_made_goes_on_without_it_and_says_so(
+    models: Path, prism: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, student, manifest, status and card are of the others."""
+    own, breaking = Synthesizer.compute, []
+
+    def compute(self: Synthesizer, unit: Unit) -> Any:
+        with Breaking(self, range(4), 3) if unit.index == 0 and not breaking else contextlib.nullcontext():
+            breaking.append(unit)
+            return own(self, unit)
+
+    monkeypatch.setattr(Synthesizer, "compute", compute)
+    monkeypatch.setattr("prism_ray.stages.guided.RESTARTS", 0)
+    done = prism("run", *SMOKE, f"storage={models}")
+    assert done.code == 0, done.err
+    folder = run_dir(models)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    lost = [entry["image_id"] for entry in manifest["lost_images"]]
+    assert len(lost) == 3, "place 3 of the first unit's three micro-batches"
+    assert "3 images could not be made" in done.out
+    rows = rows_of(models)
+    assert len(rows) == 27
+    labels = [row for p in sorted((folder / "labels").glob("*.parquet")) for row in pq.read_table(p).to_pylist()]
+    assert [row["image_id"] for row in labels] == [row["image_id"] for row in rows]
+    assert not {row["image_id"] for row in rows} & set(lost)
+    assert f"no image    {lost[0]}" in prism("status", *SMOKE, f"storage={models}").out
+    assert "3 images could not be made and are missing" in (folder / "README.md").read_text()
+    assert "Images that could not be made: 3" in (folder / "report/report.html").read_text()
+    again = products(folder)
+    assert prism("run", *SMOKE, f"storage={models}").code == 0
+    assert products(folder) == again

@@ -225,6 +225,7 @@ class RunSummary:
     student_s: float | None = None  # sum of the students' training seconds
     search: list[SearchResult] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
+    lost_images: list[Quarantined] = field(default_factory=list)  # single ones of units that were made
     synthesis_s: float | None = None  # sum over units, whatever ran side by side
     images_per_s: float | None = None
     teachers: list[TeacherFacts] = field(default_factory=list)

@@ -58,6 +58,7 @@ def _pooled(runs: list[RunSummary]) -> list[RunSummary]:
             student_s=_sum(run.student_s for run in runs),
             search=_search(runs),
             quarantined=[unit for run in runs for unit in run.quarantined],
+            lost_images=[image for run in runs for image in run.lost_images],
             cosine=_cosine(runs),
             diversity=_diversity(runs),
             energies=_energies(runs),

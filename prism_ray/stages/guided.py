@@ -2,7 +2,10 @@
 
 Samples pass the generator in micro-batches of one size, padded if need be, so that neither their number nor their order
 changes a byte; but where `method.bn_weight` matches statistics of a micro-batch, its samples depend on each
-other. Shapes: N or B samples, images (N, C, H, W), latents (B, c, h, w).
+other. A sample that ends in no number is drawn again from other seeds, and left out with its reason if that does not
+help; the others keep their bytes, unless they depend on it: then the unit fails.
+
+Shapes: N or B samples, images (N, C, H, W), latents (B, c, h, w).
 """
 
 import math
@@ -19,7 +22,7 @@ from prism_ray.errors import InputError
 from prism_ray.methods.diffusion.energies import Guide, guidance_loss, teacher_energy
 from prism_ray.methods.diffusion.guidance import Guidance
 from prism_ray.methods.diffusion.sampling import Cfg, sample
-from prism_ray.methods.inversion.engine import to_uint8
+from prism_ray.methods.inversion.engine import NotFinite, to_uint8
 from prism_ray.methods.inversion.matching import Network, observed_distances, statistics_term
 from prism_ray.methods.inversion.statistics import targets_of
 from prism_ray.methods.resizing import resized
@@ -29,6 +32,9 @@ from prism_ray.models.samplers import ONE_STEP, Sampler, check_sampler
 from prism_ray.options import Decoder, Keep
 from prism_ray.plan import Unit, energy_teachers
 from prism_ray.seeds import seed_for
+
+RESTARTS = 2
+"""Times that a sample which is no number is drawn again, from other seeds, before it is left out."""
 
 Margins = Mapping[str, tuple[float | None, float]]
 """By teacher: the energy that is low enough, None for none, and the size of its energies' differences."""
@@ -52,6 +58,8 @@ class Chosen:
     pixels: np.ndarray  # (N, C, H, W) uint8
     energies: list[float]  # of these pixels, mean over the steering teachers
     num_candidates: int
+    num_restarted: int  # images that were no numbers at first
+    lost: dict[int, str]  # by place in the unit, why an image is not among them
 
 
 class GuidedSampler:
@@ -109,33 +117,108 @@ class GuidedSampler:
             )
         return matched
 
-    def choose(self, unit: Unit, prompts: Sequence[str]) -> Chosen:
+    def choose(
+        self,
+        unit: Unit,
+        prompts: Sequence[str],
+        *,
+        resume: Mapping[str, Tensor] | None = None,
+        after_part: Callable[[Callable[[], dict[str, Tensor]]], None] | None = None,
+    ) -> Chosen:
         """The images of a unit: of its candidates those of least energy, so many of each class as it has.
 
         Args:
             prompts: of each image of the unit.
+            resume: what `after_part` was given in an earlier call with the same arguments; None: from the start.
+            after_part: called after every micro-batch with a function that returns all that are done, on the CPU. What
+                it raises ends the call.
         """
+        done = Done(dict(resume or {}), after_part)
         sampling = self._method.sampling
         candidates = candidates_of(unit, prompts, oversample=sampling.oversample, keep=sampling.keep)
         places = _places(unit, sampling.keep)
         running = begun(candidates)
         if sampling.abort_at is not None and len(candidates) > len(unit.images):
-            running = self.advance(running, until=max(1, round(sampling.abort_at * sampling.steps)))
+            until = max(1, round(sampling.abort_at * sampling.steps))
+            running = self.advance(running, until=until, done=done)
             running = running.only(_kept(self.energies(self.pixels(running.clean), running), running, places))
-        running = self.advance(running)
-        pixels = self.pixels(running.latents)
-        energies = self.energies(pixels, running)
-        kept = _kept(energies, running, places)
-        return Chosen(running.only(kept), pixels[kept].numpy(), energies[kept].tolist(), len(candidates))
+        drawn = self._drawn(self.advance(running, done=done))
+        if self._matched and not drawn.finite.all():
+            raise NotFinite(
+                f"{int((~drawn.finite).sum())} of {len(candidates)} samples are not finite, and method.bn_weight="
+                f"{self._method.bn_weight} makes those of a micro-batch depend on each other; lower it or "
+                "method.guidance.scale",
+                [],
+            )
+        chosen = drawn.only(_kept(drawn.energies, drawn.running, places))
+        final = self._restarted(chosen, done)
+        whole = final.finite.nonzero()[:, 0].tolist()
+        if not whole:
+            raise NotFinite(
+                f"none of {len(unit.images)} samples is finite, and neither are those of {RESTARTS} other seeds each; "
+                "lower method.guidance.scale, or set generator.dtype=fp32",
+                range(len(unit.images)),
+            )
+        reason = f"not finite, and neither from {RESTARTS} other seeds"
+        final = final.only(whole)
+        return Chosen(
+            final.running,
+            final.pixels.numpy(),
+            final.energies.tolist(),
+            len(candidates),
+            num_restarted=int((~chosen.finite).sum()),
+            lost={place: reason for place in range(len(unit.images)) if place not in whole},
+        )
 
-    def advance(self, running: "Running", *, until: int | None = None, guidance: Guidance | None = None) -> "Running":
-        """Samples some steps further, None: to the end."""
+    def _restarted(self, chosen: "_Drawn", done: "Done") -> "_Drawn":
+        """Those that are no numbers drawn again, alone and each from a seed of its own; the others as they are."""
+        first = [candidate.seed for candidate in chosen.running.candidates]
+        for restart in range(1, RESTARTS + 1):
+            broken = (~chosen.finite).nonzero()[:, 0].tolist()
+            if not broken:
+                break
+            candidates = chosen.running.candidates
+            again = begun([replace(candidates[n], seed=seed_for(first[n], "restart", restart)) for n in broken])
+            drawn = self._drawn(self.advance(again, done=done, name=f"restart{restart}"))
+            chosen = chosen.with_parts(broken, drawn)
+        return chosen
+
+    def _drawn(self, running: "Running") -> "_Drawn":
+        """Samples at their end, decoded and measured."""
+        images = self._images(running.latents)
+        finite = images.flatten(1).isfinite().all(dim=1) & running.latents.flatten(1).isfinite().all(dim=1)
+        pixels = to_uint8(images)
+        # A sample that is no number is chosen after all others of its group.
+        energies = self.energies(pixels, running).masked_fill(~finite, math.nan)
+        return _Drawn(running, pixels, energies, finite)
+
+    def advance(
+        self,
+        running: "Running",
+        *,
+        until: int | None = None,
+        guidance: Guidance | None = None,
+        done: "Done | None" = None,
+        name: str = "",
+    ) -> "Running":
+        """Samples some steps further, None: to the end.
+
+        Args:
+            guidance: None: the run's.
+            done: micro-batches in it are taken as they are; others are put there, as `name` and their place.
+        """
         size = self._method.sampling.micro_batch
         parts = []
         for start in range(0, len(running.candidates), size):
             part = running.only(list(range(start, min(start + size, len(running.candidates)))))
-            moved = self._advance(part.padded(size), until, self._guidance if guidance is None else guidance)
-            parts.append(moved.only(list(range(len(part.candidates)))))
+            key = f"{name}.{running.step}.{start}"
+            moved = None if done is None else done.taken(key, part)
+            if moved is None:
+                moved = self._advance(part.padded(size), until, self._guidance if guidance is None else guidance)
+                moved = moved.only(list(range(len(part.candidates))))
+                if done is not None:
+                    done.add(key, moved)
+            parts.append(moved)
         return joined(parts)
 
     def _advance(self, running: "Running", until: int | None, guidance: Guidance) -> "Running":
@@ -169,8 +252,8 @@ class GuidedSampler:
         )
         return replace(
             running,
-            latents=x,
-            clean=record.clean,
+            latents=x.cpu(),
+            clean=record.clean.cpu(),
             guided=running.guided + record.guided.cpu(),
             satisfied=running.satisfied + record.satisfied.cpu(),
             skipped=running.skipped + record.skipped.cpu(),
@@ -201,10 +284,13 @@ class GuidedSampler:
         terms = [statistics_term(found, first_bn_multiplier=method.first_bn_multiplier) for found in observed]
         return loss + method.bn_weight * torch.stack(terms).mean() / len(loss)
 
-    @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:
         """Images as they are stored, by the full decoder: uint8 (N, C, H, W), on the CPU."""
-        return to_uint8(self._in_micro_batches(latents, lambda part: self._as_stored(self._generator.decode(part))))
+        return to_uint8(self._images(latents))
+
+    @torch.no_grad()
+    def _images(self, latents: Tensor) -> Tensor:
+        return self._in_micro_batches(latents, lambda part: self._as_stored(self._generator.decode(part)))
 
     @torch.no_grad()
     def energies(self, pixels: Tensor, running: "Running") -> Tensor:
@@ -276,6 +362,64 @@ class Running:
             for n in range(len(self.candidates), size):
                 streams[n] = torch.Generator().set_state(streams[n].get_state())
         return longer
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples at their end."""
+
+    running: Running
+    pixels: Tensor  # (N, C, H, W) uint8
+    energies: Tensor  # (N,)
+    finite: Tensor  # (N,) bool
+
+    def only(self, kept: Sequence[int]) -> "_Drawn":
+        return _Drawn(self.running.only(kept), self.pixels[kept], self.energies[kept], self.finite[kept])
+
+    def with_parts(self, places: Sequence[int], other: "_Drawn") -> "_Drawn":
+        """With others at some places, in their order."""
+        count = len(self.finite)
+        order = list(range(count))
+        for n, place in enumerate(places):
+            order[place] = count + n
+        both = [torch.cat([getattr(self, key), getattr(other, key)]) for key in ("pixels", "energies", "finite")]
+        return _Drawn(joined([self.running, other.running]), *both).only(order)
+
+
+class Done:
+    """Micro-batches of a unit that are done, by name, as tensors on the CPU.
+
+    Args:
+        tensors: of an earlier call, "<name>.<what>".
+        after: called after every further one with a function that returns all of them.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], after: Callable[[Callable[[], dict[str, Tensor]]], None] | None
+    ) -> None:
+        self._tensors, self._after = tensors, after
+
+    def add(self, name: str, part: Running) -> None:
+        if self._after is None:
+            return
+        found = {key: value for key, value in vars(part).items() if isinstance(value, Tensor)}
+        found["step"] = torch.tensor(part.step)
+        for key in STREAMS:
+            found[key] = torch.stack([stream.get_state() for stream in getattr(part, key)])
+        self._tensors |= {f"{name}.{key}": v.detach().to("cpu", copy=True).contiguous() for key, v in found.items()}
+        self._after(lambda: self._tensors)
+
+    def taken(self, name: str, part: Running) -> Running | None:
+        """A part as it was when it was done, None if it is not."""
+        prefix = f"{name}."
+        found = {k.removeprefix(prefix): v for k, v in self._tensors.items() if k.startswith(prefix)}
+        if not found:
+            return None
+        streams = {key: [torch.Generator().set_state(state.clone()) for state in found.pop(key)] for key in STREAMS}
+        return replace(part, **found | {"step": int(found["step"])}, **streams)
+
+
+STREAMS = ("generators", "travel_generators")
 
 
 def begun(candidates: Sequence[Candidate]) -> Running:

@@ -25,7 +25,7 @@ from prism_ray.stages.data_parallel import Group
 from prism_ray.stages.labels import LabelTeachers, StoredLabels, read_labels
 from prism_ray.stages.pixels import MappedPixels, Pixels, open_pixels
 from prism_ray.stages.views import ImageSet
-from prism_ray.work import RunSpec
+from prism_ray.work import SYNTHESIZE, RunSpec, without_lost
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -54,7 +54,9 @@ def read_training_set(spec: RunSpec, shards: dict[str, str]) -> TrainingSet:
         PrismError: there is none, or one holds other images than planned.
     """
     ledger, config, dataset = spec.ledger(), spec.config, spec.dataset()
+    made = ledger.receipts(SYNTHESIZE)
     units = [unit for unit in spec.units() if f"images/{unit.name}.parquet" in shards]
+    units = [without_lost(unit, made[unit.name].details) for unit in units if unit.name in made]
     if not units:
         raise PrismError(
             f"{spec.run_dir}: no image shard to learn from; run the stages before, or see prism-ray status for what "

@@ -1,10 +1,10 @@
 """Synthesize: one planned batch of images, optimized, sampled or taken from the real ones, as rows of a shard."""
 
 import io
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prism_ray import __version__
 from prism_ray.artifacts import artifact_facts
-from prism_ray.errors import InputError
-from prism_ray.identity import images_hash
+from prism_ray.errors import Drained, InputError
+from prism_ray.identity import content_hash, images_hash
 from prism_ray.ledger import Receipt
 from prism_ray.methods.attributes import apply_attributes, draw_values
 from prism_ray.methods.inversion.augment import crop_areas, draw_augmentations
 from prism_ray.methods.inversion.budgets import entry_iterations
-from prism_ray.methods.inversion.engine import Descent, invert, to_uint8
+from prism_ray.methods.inversion.engine import Descent, NotFinite, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
 from prism_ray.models.classifier import Classifier
@@ -47,7 +48,8 @@ from prism_ray.stages.device import (
 )
 from prism_ray.stages.initial import Started, open_starts
 from prism_ray.stages.statistics import targets_for
-from prism_ray.work import RunSpec, image_receipt
+from prism_ray.stages.unfinished import Unfinished
+from prism_ray.work import LOST, SYNTHESIZE, RunSpec, image_receipt, without_lost
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,15 @@ class Made:
     prompts: list[str | None] | None = None
     seeds: list[int] | None = None  # of each image, where it is not the planned one
     energies: list[float] | None = None
-    details: dict[str, float] = field(default_factory=dict)  # of the unit, for its receipt
+    details: dict[str, Any] = field(default_factory=dict)  # of the unit, for its receipt
 
 
 class Synthesizer:
     """Makes the units of one run; holds its plan, its teachers and what its images start from."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self.config = spec.config
+        self.config, self._ledger = spec.config, spec.ledger()
+        self._unfinished: Unfinished | None = None
         self.device = pick_device(spec.config.compute.gpus_per_actor)
         self.dataset = spec.dataset()
         self._teachers = {name: teacher_of(spec, name, self.device) for name in guiding_pool(spec.config)}
@@ -83,33 +86,51 @@ class Synthesizer:
         self._is_memory_checked = False
 
     def compute(self, unit: Unit) -> tuple[pa.Table, Receipt]:
-        """The unit's shard and its receipt, lacking what only publishing knows."""
-        started, cpu_started = time.perf_counter(), time.process_time()
-        with deterministic(self.config.compute.threads):
-            made = self._make(unit)
-            table = self._table(unit, made)
+        """The unit's shard and its receipt, lacking what only publishing knows.
+
+        Raises:
+            Drained: the node is to leave; what was done of the unit is kept, and the next attempt goes on from it.
+        """
+        identity = content_hash([__version__, fingerprint(self.device), images_hash(self.config), unit.unit_id])
+        every_s = self.config.compute.unit_checkpoint_s
+        unfinished = Unfinished(self._ledger, SYNTHESIZE, unit.name, identity=identity, every_s=every_s)
+        self._unfinished = unfinished
+        try:
+            with deterministic(self.config.compute.threads):
+                made = self._make(unit, unfinished)
+                table = self._table(without_lost(unit, made.details), made)
+        except Drained:
+            raise
+        except Exception:
+            unfinished.forget()  # it may be what is wrong
+            raise
         receipt = replace(
             image_receipt(unit),
-            seconds=time.perf_counter() - started,
+            seconds=unfinished.seconds,
             fingerprint=fingerprint(self.device),
             worker={"peak_memory_bytes": peak_memory_bytes()},
             details={
                 "loss_ce": made.loss_ce,
                 "loss_bn": made.loss_bn,
                 "iterations": unit.iterations,
-                "cpu_s": time.process_time() - cpu_started,
+                "cpu_s": unfinished.cpu_s,
                 **made.details,
             },
         )
         return table, receipt
 
-    def _make(self, unit: Unit) -> Made:
+    def forget(self) -> None:
+        """Remove what was kept on the way of the last unit, which is published."""
+        if self._unfinished is not None:
+            self._unfinished.forget()
+
+    def _make(self, unit: Unit, unfinished: Unfinished) -> Made:
         if self._sampling is not None:
-            return self._sampling.make(unit)
+            return self._sampling.make(unit, unfinished)
         assert self._start_of is not None
         started = self._start_of(unit)
         if self.config.method.engine is Engine.inversion:
-            return self._invert(unit, started)
+            return self._invert(unit, started, unfinished)
         return Made(to_uint8(self._with_attributes(unit, started.pixels)).numpy(), started.sources)
 
     def _with_attributes(self, unit: Unit, pixels: Tensor) -> Tensor:
@@ -137,7 +158,7 @@ class Synthesizer:
         if short:
             raise InputError(short)
 
-    def _invert(self, unit: Unit, started: Started) -> Made:
+    def _invert(self, unit: Unit, started: Started, unfinished: Unfinished) -> Made:
         method, size = self.config.method, self.dataset.image_size
         if not self._is_memory_checked:
             self._check_memory(unit)
@@ -148,7 +169,8 @@ class Synthesizer:
             end=method.crop_area_min,
             milestone=method.crop_milestone,
         )
-        result = invert(
+        inverted = partial(
+            invert,
             started.pixels.to(self.device),
             torch.tensor([image.class_id for image in unit.images], device=self.device),
             networks=self._networks,
@@ -186,7 +208,15 @@ class Synthesizer:
             antialias=method.antialias,
             seed=seed_for(unit.seed, "layers"),
             rounds=self._entries(unit),
+            resume=unfinished.found(),
+            after_iteration=unfinished.keep,
         )
+        try:
+            result = inverted()
+        except NotFinite as error:
+            named = ", ".join(unit.images[n].image_id for n in error.images[:8]) or "none of them, but the loss is not"
+            more = f" and {len(error.images) - 8} more" if len(error.images) > 8 else ""
+            raise NotFinite(f"{error} (images: {named}{more})", error.images) from error
         return Made(to_uint8(result.images).cpu().numpy(), started.sources, result.loss_ce, result.loss_bn)
 
     def _entries(self, unit: Unit) -> list[int] | None:
@@ -303,18 +333,23 @@ class _Sampling:
         self._prompts_of = partial(prompts_of, by_class=prompts_by_class(spec), wide_shares=wide_shares_of(spec))
         self._sampler = sampler_for(spec, teachers, device, margins=margins_of(spec), strengths=strengths_of(spec))
 
-    def make(self, unit: Unit) -> Made:
-        chosen = self._sampler.choose(unit, self._prompts_of(unit))
+    def make(self, unit: Unit, unfinished: Unfinished) -> Made:
+        chosen = self._sampler.choose(
+            unit, self._prompts_of(unit), resume=unfinished.found(), after_part=unfinished.keep
+        )
         running = chosen.running
         guided = max(int(running.guided.sum()), 1)
+        lost = [{"image_id": unit.images[n].image_id, "reason": reason} for n, reason in chosen.lost.items()]
         return Made(
             chosen.pixels,
-            [None] * len(unit.images),
+            [None] * len(chosen.pixels),
             prompts=[candidate.prompt for candidate in running.candidates],
             seeds=[candidate.seed for candidate in running.candidates],
             energies=chosen.energies,
             details={
                 "candidates": chosen.num_candidates,
+                "restarted_images": chosen.num_restarted,
+                **({LOST: lost} if lost else {}),
                 "guided_steps": int(running.guided.sum()),
                 "satisfied_share": int(running.satisfied.sum()) / guided,
                 "skipped_steps": int(running.skipped.sum()),

@@ -14,7 +14,7 @@ from prism_ray.plan import Unit
 from prism_ray.schema import IMAGE_COLUMNS, LABEL_COLUMNS
 from prism_ray.stages.relabel import Relabeler
 from prism_ray.stages.synthesize import Synthesizer
-from prism_ray.work import SYNTHESIZE, Chain, RunSpec, UnitRef, image_receipt, label_receipt
+from prism_ray.work import SYNTHESIZE, Chain, RunSpec, UnitRef, image_receipt, label_receipt, without_lost
 
 Columns = Sequence[tuple[str, pa.DataType]]
 
@@ -72,12 +72,17 @@ class Worker:
 
         def make() -> tuple[pa.Table, Receipt]:
             if images:
-                made = _checked(unit, self._relabeler(ref.run).compute(unit, receipt), LABEL_COLUMNS)
+                held = without_lost(unit, images.details)
+                made = _checked(held, self._relabeler(ref.run).compute(held, receipt), LABEL_COLUMNS)
             else:
-                made = _checked(unit, self._synthesizer(ref.run).compute(unit), IMAGE_COLUMNS)
+                made = self._synthesizer(ref.run).compute(unit)
+                made = _checked(without_lost(unit, made[1].details), made, IMAGE_COLUMNS)
             return made[0], replace(made[1], worker={**made[1].worker, **self._place})
 
-        return run_unit(ledger, receipt, make, attempt)
+        outcome = run_unit(ledger, receipt, make, attempt)
+        if outcome.status == "done" and not images and ref.run in self._synthesizers:
+            self._synthesizers[ref.run].forget()
+        return outcome
 
     def _plan(self, run: int) -> list[Unit]:
         if run not in self._plans:
@@ -96,7 +101,7 @@ class Worker:
 
 
 def _checked(unit: Unit, made: tuple[pa.Table, Receipt], columns: Columns) -> tuple[pa.Table, Receipt]:
-    """A unit's table as it came, if it holds the planned images and the columns of its kind."""
+    """A unit's table as it came, if it holds the unit's images and the columns of its kind."""
     table, planned = made[0], [image.image_id for image in unit.images]
     expected = [name for name, _ in columns]
     if table.column_names != expected:

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations
-from prism_ray.methods.inversion.engine import Descent, Inversion, invert, to_uint8
+from prism_ray.methods.inversion.engine import Descent, Inversion, NotFinite, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Objective, inversion_loss
 from prism_ray.methods.inversion.subsets import draw_statistics_teachers, reduction_weights
 from tests.methods.nets import (
@@ -567,3 +568,63 @@ def test_every_byte_survives_a_round_trip():
     assert torch.equal(to_uint8(every.float() / 255), every)
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert (to_uint8(images).float() / 255 - images).abs().max() <= 0.5 / 255 + 1e-7
+
+
+class Left(Exception):
+    """Ends a descent from outside."""
+
+
+def interrupted(at: int, run_it: Callable[..., Inversion]) -> Inversion:
+    """A descent that ends after `at` iterations, and goes on from what it had kept then."""
+    states: list[dict[str, Tensor]] = []
+
+    def leave(state_of: Callable[[], dict[str, Tensor]]) -> None:
+        state = state_of()
+        if int(state["iteration"]) == at:
+            states.append(load(save(state)))  # as a file holds it
+            raise Left
+
+    with pytest.raises(Left):
+        run_it(after_iteration=leave)
+    return run_it(resume=states[0])
+
+
+RESUMED = {
+    "plain": {},
+    "rounds": {"rounds": [0, 0, 4, 4, 7, 7]},
+    "residual parts": {"residual": {"residual_every": 4, "residual_weight": 0.3, "residual_scale": 0.5}},
+    "rounds in residual parts": {"rounds": [0, 3, 3, 5, 5, 9], "residual": {"residual_every": 4}},
+    "averaged statistics": {"objective": Objective(statistics_ema=0.9)},
+    "priors": {"objective": Objective(tv_weight=0.1, l2_weight=0.1, eig_weight=0.1)},
+    "skipped layers and history": {"objective": Objective(conv_skip_probability=0.5), "log_every": 2},
+}
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 9])
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_descent_that_was_interrupted_ends_in_the_same_bits(
+    kind: str, at: int, teachers: dict[str, nn.Module]
+) -> None:
+    settings = RESUMED[kind]
+    whole = run(teachers, 10, **settings)
+    resumed = interrupted(at, lambda **more: run(teachers, 10, **settings, **more))
+    assert torch.equal(resumed.images, whole.images)
+    assert (resumed.loss_ce, resumed.loss_bn, resumed.history) == (whole.loss_ce, whole.loss_bn, whole.history)
+
+
+def test_looking_after_each_iteration_changes_nothing(teachers: dict[str, nn.Module]) -> None:
+    seen: list[int] = []
+    watched = run(teachers, 5, after_iteration=lambda state_of: seen.append(int(state_of()["iteration"])))
+    assert seen == [1, 2, 3, 4]
+    assert torch.equal(watched.images, run(teachers, 5).images)
+
+
+def test_an_image_that_is_no_number_is_named(teachers: dict[str, nn.Module]) -> None:
+    images, _ = images_and_classes(0, size=SIZE)
+    images[2, 0, 0, 0] = torch.nan
+    with pytest.raises(NotFinite, match="not finite after 3 iterations") as caught:
+        run(teachers, 3, initial=images, guides=lambda t: Guides({"primary": 1.0}, {}))
+    assert caught.value.images == [2]
+    with pytest.raises(NotFinite) as caught:
+        run(teachers, 3, initial=images)
+    assert 2 in caught.value.images, "and, by the statistics of the batch, all others"

@@ -7,9 +7,11 @@ cosine learning rate without warm-up, X clamped to the valid box after each step
 Images that enter later: DELT (arXiv:2411.19946); data residual at two sizes: FADRM (arXiv:2506.24125).
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,14 @@ from prism_ray.methods.inversion.statistics import BatchState
 from prism_ray.methods.schedules import cosine_lr
 
 ADAM_EPS = 1e-8
+
+State = Mapping[str, Tensor]
+"""A batch between two iterations, whole: with it and the same arguments, `invert` goes on to the same bits.
+
+"iteration" (how many are done); of each group of images that has entered, in order, "group.<n>.x" and its Adam state
+"group.<n>.step", ".exp_avg", ".exp_avg_sq"; "average.<name of a statistic>"; "logged.iterations" (L,), "logged.terms"
+(L, 4).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,17 @@ class Inversion:
     history: tuple[LossRecord, ...]  # every `log_every` iterations and the last one; empty without logging
 
 
+class NotFinite(FloatingPointError):
+    """A batch ended in images or losses that are no numbers. `images`: positions of those images, maybe none.
+
+    The others are no good either: through the statistics of the batch, and losses over all of it, each depends on all.
+    """
+
+    def __init__(self, message: str, images: Sequence[int]) -> None:
+        super().__init__(message)
+        self.images = list(images)
+
+
 class _Group:
     """Images of a batch that enter together: their iterate, their Adam state and their learning rates."""
 
@@ -81,7 +102,19 @@ class _Group:
         x = resized(self.x.detach(), self._initial.shape[-1], antialias=antialias)
         x = torch.lerp(x, self._initial, self._descent.residual_weight)
         self.x = resized(x, size, antialias=antialias).clone().requires_grad_()
+        self._start_adam()
+
+    def _start_adam(self) -> None:
         self._optimizer = torch.optim.Adam([self.x], lr=self._descent.lr, betas=self._descent.adam_betas, eps=ADAM_EPS)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"x": self.x.detach(), **self._optimizer.state[self.x]}
+
+    def restore(self, state: State) -> None:
+        self.x = state["x"].to(self._initial.device).clone().requires_grad_()
+        self._start_adam()
+        moments = {key: state[key].to(self.x.device).clone() for key in ("exp_avg", "exp_avg_sq")}
+        self._optimizer.state[self.x] = {"step": state["step"].cpu().clone(), **moments}
 
     def step(self, gradient: Tensor, iteration: int, lowest: Tensor, highest: Tensor) -> None:
         self.x.grad = gradient
@@ -108,6 +141,8 @@ def invert(
     seed: int,
     rounds: Sequence[int] | None = None,
     log_every: int = 0,
+    resume: State | None = None,
+    after_iteration: Callable[[Callable[[], dict[str, Tensor]]], None] | None = None,
 ) -> Inversion:
     """Optimize a batch of images. A pure function: no global random state, and the networks stay as they are.
 
@@ -129,10 +164,13 @@ def invert(
         rounds: (B,), iteration at which each image enters. Until then it is in no batch; images that enter together
             have fresh Adam state and a cosine over the iterations that are left. None: all enter at 0.
         log_every: iterations between records of `history`; 0 keeps none.
+        resume: what `after_iteration` was given in an earlier call with the same arguments; None: from the start.
+        after_iteration: called after every iteration but the last one with a function that returns the state, on the
+            CPU; calling that waits for the device. What it raises ends the descent.
 
     Raises:
         ValueError: shapes or counts disagree, a network is unknown, or there are no statistics to match.
-        FloatingPointError: an image or loss is not finite at the end.
+        NotFinite: an image or loss is no number at the end.
     """
     size, num_iterations = initial.shape[-1], descent.num_iterations
     _check(initial, class_ids, mean, std, descent, rounds)
@@ -151,7 +189,16 @@ def invert(
     entered: list[_Group] = []
     state = BatchState(class_ids)
     logged: dict[int, LossTerms] = {}
-    for iteration in range(num_iterations):
+    first = 0
+    if resume is not None:
+        first = int(resume["iteration"])
+        entered = [group for group in groups if group.entry < first]
+        for number, group in enumerate(entered):
+            group.restore(_part(resume, f"group.{number}."))
+        state = BatchState(class_ids[torch.cat([group.rows for group in entered])])
+        state.averages = {_statistic(key): value.to(initial.device) for key, value in _part(resume, "average.").items()}
+        logged = _logged(resume, initial.device)
+    for iteration in range(first, num_iterations):
         side = descent.size_at(iteration, size)
         starting = [g for g in groups if g.entry == iteration or (g in entered and descent.is_part_start(iteration))]
         if starting:
@@ -176,6 +223,8 @@ def invert(
             group.step(gradient, iteration, lowest, highest)
         if iteration == num_iterations - 1 or (log_every and iteration % log_every == 0):
             logged[iteration] = LossTerms(*(term.detach() for term in terms))
+        if after_iteration is not None and iteration < num_iterations - 1:
+            after_iteration(partial(_state, iteration + 1, entered, state, logged))
 
     images = initial.detach().clone()
     for group in entered:
@@ -184,6 +233,35 @@ def invert(
     history = _records(logged)
     _check_finite(images, history[-1], num_iterations)
     return Inversion(images, history[-1].ce, history[-1].bn, history if log_every else ())
+
+
+def _state(
+    done: int, entered: Sequence[_Group], batch: BatchState, logged: Mapping[int, LossTerms]
+) -> dict[str, Tensor]:
+    found = {"iteration": torch.tensor(done)}
+    for number, group in enumerate(entered):
+        found |= {f"group.{number}.{key}": value for key, value in group.state().items()}
+    found |= {f"average.{json.dumps(key)}": value for key, value in batch.averages.items()}
+    if logged:
+        found["logged.iterations"] = torch.tensor(list(logged))
+        found["logged.terms"] = torch.stack([torch.stack(list(terms)) for terms in logged.values()])
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in found.items()}
+
+
+def _part(state: State, prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _statistic(key: str) -> tuple[str, int, str]:
+    name, index, kind = json.loads(key)
+    return name, index, kind
+
+
+def _logged(state: State, device: torch.device) -> dict[int, LossTerms]:
+    if "logged.iterations" not in state:
+        return {}
+    terms = state["logged.terms"].to(device)
+    return {n: LossTerms(*row) for n, row in zip(state["logged.iterations"].tolist(), terms, strict=True)}
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -263,8 +341,11 @@ def _assert_frozen(name: str, teacher: nn.Module) -> None:
 
 def _check_finite(images: Tensor, last: LossRecord, num_iterations: int) -> None:
     # An undefined gradient leaves NaN in X for good, so looking once, at the end, finds it without syncs in between.
-    if not (math.isfinite(last.ce) and math.isfinite(last.bn) and bool(images.isfinite().all())):
-        raise FloatingPointError(
-            f"images are not finite after {num_iterations} iterations (last cross-entropy {last.ce:g}, statistics "
-            f"{last.bn:g}); lower the learning rate or the statistics weight, or check the teachers' weights"
-        )
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if math.isfinite(last.ce) and math.isfinite(last.bn) and bool(finite.all()):
+        return
+    raise NotFinite(
+        f"images are not finite after {num_iterations} iterations (last cross-entropy {last.ce:g}, statistics "
+        f"{last.bn:g}); lower the learning rate or the statistics weight, or check the teachers' weights",
+        (~finite).nonzero()[:, 0].tolist(),
+    )

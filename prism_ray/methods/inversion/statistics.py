@@ -89,7 +89,7 @@ class BatchState:
 
     def __init__(self, class_ids: Tensor):
         self.class_ids = class_ids  # (B,)
-        self._averages: dict[tuple[str, int, str], Tensor] = {}
+        self.averages: dict[tuple[str, int, str], Tensor] = {}  # by the name of the statistic
 
     @cached_property
     def groups(self) -> list[tuple[int, Tensor]]:
@@ -119,9 +119,9 @@ class BatchState:
         if not decay:
             return statistic
         current = statistic.detach()
-        previous = self._averages.get(key, current)
-        self._averages[key] = decay * previous + (1 - decay) * current
-        return self._averages[key] + (statistic - current)
+        previous = self.averages.get(key, current)
+        self.averages[key] = decay * previous + (1 - decay) * current
+        return self.averages[key] + (statistic - current)
 
 
 class Moments:
