@@ -620,13 +620,14 @@ def test_entry_points_name_files_recipes_and_keys_that_exist(overlay: str) -> No
         keys = dict(setting.split("=", 1) for setting in settings)
         if overlay != "cpu-only":
             assert keys["storage"].startswith("s3://"), "pods share no folder"
-        if "suite" in keys:
-            cli.compose_suite(settings)
-        else:
-            config = cli.compose(settings)
+        configs = [row.config for row in cli.compose_suite(settings)[1]] if "suite" in keys else [cli.compose(settings)]
+        for config in configs:
             groups = spec["rayClusterSpec"]["workerGroupSpecs"]
             needs_gpus = config.compute.gpus_per_actor > 0
             assert needs_gpus == any("gpu" in group["groupName"] for group in groups), "GPUs asked for and not used"
+            # Without workers to begin with, a run that does not ask for any is refused.
+            is_there = all(group["replicas"] > 0 for group in groups if needs_gpus is ("gpu" in group["groupName"]))
+            assert is_there or (config.compute.autoscaling and config.compute.actors)
 
 
 def test_ray_reads_the_groups_as_they_are_meant() -> None:
