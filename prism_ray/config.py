@@ -620,7 +620,12 @@ class Config:
         10, doc="synthetic images of each class; null: all real ones (engine real only)"
     )
     classes: list[str] = setting([], doc="classes to make images of, by name; empty: all")
-    storage: str = setting("outputs", doc="folder that holds runs/ and artifacts/", check=not_empty, output=False)
+    storage: str = setting(
+        "outputs",
+        doc="folder that holds runs/ and artifacts/: a path, or s3://, gs:// or (inline alone) memory://",
+        check=not_empty,
+        output=False,
+    )
     stages: list[str] = setting([], doc="stages to run, in pipeline order; empty: all", output=False)
     max_images: int = setting(2_000_000, doc="refuse a plan of more images than this", check=at_least_one, output=False)
     export: ExportConfig = setting(ExportConfig, doc="verb export", output=False)
