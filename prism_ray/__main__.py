@@ -1,7 +1,18 @@
-"""`python -m prism_ray` is `prism-ray`."""
+"""The program `prism-ray`, also `python -m prism_ray`: signals are answered from before the verbs are imported."""
 
-import sys
+from prism_ray.signals import exit_with
 
-from prism_ray.cli import main
 
-sys.exit(main())
+def main() -> None:
+    """Run one verb and end the process with its exit code."""
+    exit_with(_command)
+
+
+def _command() -> int:
+    from prism_ray import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    main()

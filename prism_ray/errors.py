@@ -33,6 +33,10 @@ class StorageError(PrismError):
     """Storage refused a write: nothing was published, and the run continues once it takes one."""
 
 
+class Stopped(BaseException):
+    """SIGTERM asked the command to stop. No `Exception`, like `KeyboardInterrupt`: nobody is to take it for a fault."""
+
+
 class Drained(PrismError):
     """The run was asked to stop and did so between two units of work."""
 

@@ -28,7 +28,7 @@ from prism_ray.progress import Progress
 from prism_ray.runs import Run, open_run
 from prism_ray.runtime.cluster import RayRuntime
 from prism_ray.runtime.inline import InlineRuntime
-from prism_ray.signals import drained_by_sigterm, interruptible, interruptible_items, sigterm_deferred
+from prism_ray.signals import handlers_replaced, interruptible, interruptible_items
 from prism_ray.storage import is_remote, storage_errors
 from prism_ray.weights import is_folder
 from prism_ray.work import (
@@ -89,7 +89,6 @@ def run(
     check_before_start(configs)
     wanted = configs[0].stages or list(STAGES)
     with ExitStack() as stack:
-        stack.enter_context(drained_by_sigterm())
         runs = [open_run(row, stack) for row in rows]
         progress = stack.enter_context(Progress(sys.stdout, teachers=used_teachers(configs[-1])))
         progress.message("\n".join(f"run {r.name} in {r.store.url}" for r in runs))
@@ -133,10 +132,10 @@ def make_runtime(config: Config) -> InlineRuntime | RayRuntime:
 def start(command: Command) -> None:
     """Start the executor, once there is work for it.
 
-    In the main thread: a local cluster's processes die with the thread that started them. Afterwards our handler of
-    SIGTERM replaces the one that Ray's core installs.
+    In the main thread: a local cluster's processes die with the thread that started them, and Ray's core installs
+    handlers.
     """
-    with sigterm_deferred():
+    with handlers_replaced():
         command.runtime.start()
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from prism_ray.runtime.session import check_fits, preflight
 PATTERNS = ("images/*.parquet", "labels/*.parquet", "student/*/model.safetensors")
 SMOKE = ["run", "recipe=digits_smoke"]
 TIMEOUT_S = 240
+MARK = "PRISM_RAY_TEST_COMMAND"
 
 
 def hashes(storage: Path) -> dict[str, str]:
@@ -59,10 +61,11 @@ def test_one_actor_makes_the_bytes_that_inline_makes(reference: Path, tmp_path: 
 
 def test_two_actors_and_two_training_workers_make_the_bytes_that_inline_makes(reference: Path, tmp_path: Path) -> None:
     sizes = ["compute.actors=2", "compute.train_workers=2", "compute.cpus=2"]
-    done = prism_ray([*SMOKE, "compute=ray", *sizes, f"storage={tmp_path}"])
+    mark = uuid.uuid4().hex
+    done = prism_ray([*SMOKE, "compute=ray", *sizes, f"storage={tmp_path}"], **{MARK: mark})
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path) == hashes(reference)
-    assert not ray_processes(), "a finished command leaves no Ray behind"
+    wait_until_gone(mark)
 
 
 def test_a_run_killed_twice_continues_to_the_same_bytes_and_quarantines_nothing(
@@ -169,22 +172,50 @@ def test_sigterm_drains_and_the_same_command_continues(reference: Path, tmp_path
     assert hashes(tmp_path) == hashes(reference)
 
 
-def test_sigterm_ends_a_run_on_ray_within_seconds_and_leaves_no_process(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("moment", ["imports", "start", pytest.param("work", marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_of_a_run_on_ray_ends_it_soon_and_leaves_no_process(
+    moment: str, number: signal.Signals, code: int, reference: Path, tmp_path: Path
+) -> None:
     shutil.copytree(reference / "artifacts", tmp_path / "artifacts")
     command = [sys.executable, "-m", "prism_ray", *SMOKE, "compute=ray", f"storage={tmp_path}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    mark = uuid.uuid4().hex
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, MARK: mark}
+    ) as process:
         assert process.stdout is not None
-        while not process.stdout.readline().startswith("[synthesize] 0/"):
-            pass
-        time.sleep(8)  # Ray is up, and its actors load their models
-        started = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
-    assert process.returncode == 75, errors
-    assert time.monotonic() - started < 10
-    while ray_processes():
-        assert time.monotonic() - started < 20, "Ray outlived its driver"
-        time.sleep(0.2)
+        if moment == "imports":
+            while not answers_sigterm(process.pid):
+                time.sleep(0.001)
+        elif moment == "start":  # Ray has one process now, and has to wait for the next
+            while not ray_processes(mark):
+                time.sleep(0.01)
+        else:
+            while not list(tmp_path.glob("runs/*/attempts/synthesize/*/*")):
+                time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert errors.count("\n") == 1, errors
+    assert "run the same command to continue" in errors
+    wait_until_gone(mark)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_signals_at_random_moments_end_a_run_in_order_and_it_continues(reference: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "stop_at_any_moment.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--times", "8", "--storage", str(tmp_path), "--seed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=1100,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["signals"], summary["as_wanted"], summary["one_line"], summary["left"]) == (8, 8, 8, 0), done.stdout
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
@@ -215,7 +246,26 @@ def test_more_gpus_than_the_machine_has_are_refused_at_once(monkeypatch: pytest.
         preflight(ComputeConfig(actors=8, gpus_per_actor=1.0))
 
 
-def ray_processes() -> list[psutil.Process]:
-    """Ray daemons that are children of this test or orphaned by it."""
-    names = [(process, process.info["name"]) for process in psutil.process_iter(["name"])]
-    return [process for process, name in names if name in ("raylet", "gcs_server")]
+def ray_processes(mark: str) -> list[psutil.Process]:
+    """Ray's daemons of one command, known by the mark in their environment; other tests have clusters of their own."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.name() in ("raylet", "gcs_server") and process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:  # it ended, or is another user's
+            continue
+    return found
+
+
+def wait_until_gone(mark: str) -> None:
+    until = time.monotonic() + 30
+    while ray_processes(mark):
+        assert time.monotonic() < until, "Ray outlived its driver"
+        time.sleep(0.2)
+
+
+def answers_sigterm(pid: int) -> bool:
+    """Whether a process has come so far that its handlers are in place."""
+    (mask,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:")]
+    return bool(int(mask.split()[1], 16) >> (signal.SIGTERM - 1) & 1)

@@ -13,8 +13,8 @@ from prism_ray.cli.compose import compose, compose_suite
 from prism_ray.cli.files import GROUPS, group_names
 from prism_ray.cli.keys import nearest
 from prism_ray.config import Row
-from prism_ray.errors import Drained, ExitCode, InputError, PrismError, one_line
-from prism_ray.signals import leave
+from prism_ray.errors import ExitCode, InputError
+from prism_ray.signals import ends_in_order
 
 __all__ = ["compose", "compose_suite", "main"]
 
@@ -28,18 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return ExitCode.done
-    try:
-        _check_text(arguments)
-        return int(_run_verb(arguments[0], arguments[1:]))
-    except PrismError as error:
-        print(f"prism-ray: {one_line(error)}", file=sys.stderr)
-        return int(leave(error.exit_code) if isinstance(error, Drained) else error.exit_code)
-    except KeyboardInterrupt:
-        print("prism-ray: interrupted; run the same command to continue", file=sys.stderr)
-        return int(leave(ExitCode.interrupted))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.failure
+    return ends_in_order(lambda: _checked_verb(arguments))
+
+
+def _checked_verb(arguments: list[str]) -> ExitCode:
+    _check_text(arguments)
+    return _run_verb(arguments[0], arguments[1:])
 
 
 def _check_text(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 from prism_ray.config import ComputeConfig
-from prism_ray.errors import Drained
+from prism_ray.errors import Stopped
 from prism_ray.ledger import Outcome
 from prism_ray.runtime import session
 from prism_ray.work import Chain, Item, RunSpec, UnitRef
@@ -29,8 +29,15 @@ class RayRuntime:
         if not self._is_running:
             return
         # After a signal a call is still under way in its thread, and an orderly shutdown would wait for it.
-        is_abandoned = kind is not None and issubclass(kind, Drained | KeyboardInterrupt)
-        session.abandon(self._compute) if is_abandoned else session.stop()
+        is_abandoned = kind is not None and issubclass(kind, Stopped | KeyboardInterrupt)
+        if is_abandoned:
+            session.abandon(self._compute)
+            return
+        try:
+            session.stop()
+        except (Stopped, KeyboardInterrupt):
+            session.abandon(self._compute)
+            raise
 
     def units(self, specs: Sequence[RunSpec], chains: Sequence[Chain]) -> Iterator[tuple[UnitRef, Outcome]]:
         """Make units on actors, yielding how each ended, in the order they end."""

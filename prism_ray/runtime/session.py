@@ -7,15 +7,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from prism_ray.config import ComputeConfig
 from prism_ray.errors import InputError
 from prism_ray.runtime.placement import Node, check_one_kind, check_room, pools_of, train_need
+from prism_ray.signals import end_children
 
 CONNECT_TIMEOUT_S = 3.0
 
@@ -140,6 +139,8 @@ def start(compute: ComputeConfig) -> None:
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if local:
+        # Read when ray is imported: on SIGTERM Ray would wait for the work of a node whose work ends anyway.
+        os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         cpus, gpus = local_resources(compute)
@@ -217,11 +218,8 @@ class Notice:
 
 def abandon(compute: ComputeConfig) -> None:
     """End a local cluster without waiting for its work. One that was joined ends this driver's actors by itself."""
-    if cluster_address(compute) is not None:
-        return
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    if cluster_address(compute) is None:
+        end_children()
 
 
 def stop() -> None:
