@@ -28,6 +28,7 @@ from prism_ray.progress import Progress
 from prism_ray.runs import Run, open_run
 from prism_ray.runtime.cluster import RayRuntime
 from prism_ray.runtime.inline import InlineRuntime
+from prism_ray.runtime.submission import submission_id
 from prism_ray.signals import handlers_replaced, interruptible, interruptible_items
 from prism_ray.storage import is_remote, storage_errors
 from prism_ray.weights import is_folder
@@ -90,6 +91,9 @@ def run(
     wanted = configs[0].stages or list(STAGES)
     with ExitStack() as stack:
         runs = [open_run(row, stack) for row in rows]
+        if (job := submission_id()) is not None:
+            for each in runs:
+                each.ledger.event("job", submission_id=job, epoch=each.epoch)
         progress = stack.enter_context(Progress(sys.stdout, teachers=used_teachers(configs[-1])))
         progress.message("\n".join(f"run {r.name} in {r.store.url}" for r in runs))
         runtime = stack.enter_context(make_runtime(configs[0]))

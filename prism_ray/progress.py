@@ -15,6 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+SAME_AGAIN_S = 30.0
+"""How long nothing new is not worth a line."""
+
 
 @dataclass(frozen=True)
 class StageState:
@@ -46,6 +49,10 @@ class StageState:
             return None
         return max(0, self.total - self.done - (self.quarantined or 0)) * elapsed_s / finished
 
+    def counts(self) -> tuple[object, ...]:
+        """What is news when it changes; speed and estimate move by themselves."""
+        return self.name, self.done, self.images, self.quarantined, self.note
+
     def line(self, now_s: float, *, final: bool = False) -> str:
         """`[synthesize] 12/40 units, 31.2 images/s, eta 0:12, quarantined 0`; a final line has the time taken."""
         parts = [f"[{self.name}] {self.done}/{self.total} {self.unit}"]
@@ -67,7 +74,7 @@ class Progress:
 
     A stream is shown the live panel if it is a terminal that can move its cursor (`TERM` is not `dumb`); `NO_COLOR`
     takes the panel's colors away. Any other stream gets whole lines: one when a stage starts, one when it ends, and in
-    between at most one per `interval_s`.
+    between at most one per `interval_s`, while nothing is done one in half a minute.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Progress:
         self._clock = clock
         self._state: StageState | None = None
         self._written_s = 0.0  # when the last plain line was written
+        self._written: tuple[object, ...] = ()  # what it said
         self._live = _live_panel(stream, self._panel) if _is_terminal(stream) else None
         self._live_started = False
 
@@ -131,7 +139,9 @@ class Progress:
             note=self._state.note if note is None else " ".join(note.split()),
         )
         if self._live is None and self._clock() - self._written_s >= self._interval_s:
-            self._write_state(self._state)
+            is_news = self._state.counts() != self._written
+            if is_news or self._clock() - self._written_s >= SAME_AGAIN_S:
+                self._write_state(self._state)
 
     def message(self, text: str) -> None:
         """Show a text at once, above the panel or as lines of its own."""
@@ -159,7 +169,7 @@ class Progress:
             self._live.console.print(Text(line))
 
     def _write_state(self, state: StageState) -> None:
-        self._written_s = self._clock()
+        self._written_s, self._written = self._clock(), state.counts()
         self._write(state.line(self._written_s))
 
     def _write(self, line: str) -> None:

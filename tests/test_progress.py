@@ -59,6 +59,17 @@ def test_there_is_never_more_than_one_line_per_interval(plain: tuple[io.StringIO
     assert 5 <= len(lines) <= 6  # the first and one per 2 s
 
 
+def test_a_line_that_says_nothing_new_is_repeated_only_as_a_sign_of_life(
+    plain: tuple[io.StringIO, Progress], clock: Clock
+) -> None:
+    stream, progress = plain
+    progress.stage("teach", 2, "networks")
+    for _ in range(35):
+        clock.now_s += 1.0
+        progress.update(0)
+    assert stream.getvalue().splitlines() == ["[teach] 0/2 networks"] * 2
+
+
 def test_the_final_line_is_written_within_the_interval_and_once(
     plain: tuple[io.StringIO, Progress], clock: Clock
 ) -> None:

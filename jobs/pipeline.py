@@ -1,0 +1,19 @@
+"""A whole run: prepare, teach, synthesize, relabel, distill, evaluate, report; with `stages=[...]` a part of it.
+
+    python jobs/pipeline.py recipe=digits storage=/shared/prism
+    ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+        python jobs/pipeline.py recipe=digits storage=s3://bucket/prism
+
+Reproduces: dataset distillation or data-free distillation, as the recipe says: `digits` and `fashion_mnist` on a small
+    scale, `imagenet1k_prism`, `imagenet1k_sre2l` (arXiv 2511.09905, 2306.13092) and `imagenet1k_eda` (arXiv 2509.16897)
+    on the papers' scale.
+Hardware: digits: 2 CPU cores. imagenet1k_...: GPUs, `compute=ray_gpu`; `prism-ray plan` counts the work first.
+Time and result: digits: @DIGITS@
+How sure: digits was measured on the machine named in benchmarks/LOG.md, also as a job. The ImageNet-1k recipes have
+    been checked as plans only, never run.
+"""
+
+from prism_ray.jobs import main
+
+if __name__ == "__main__":
+    main("pipeline")
