@@ -8,7 +8,8 @@ Reproduces: dataset distillation or data-free distillation, as the recipe says: 
     scale, `imagenet1k_prism`, `imagenet1k_sre2l` (arXiv 2511.09905, 2306.13092) and `imagenet1k_eda` (arXiv 2509.16897)
     on the papers' scale.
 Hardware: digits: 2 CPU cores. imagenet1k_...: GPUs, `compute=ray_gpu`; `prism-ray plan` counts the work first.
-Time and result: digits: @DIGITS@
+Time and result: digits: one to two minutes on two free CPU cores. Top-1 of students on 359 held-out digits: 98.61 with
+    soft labels, 90.90 with the class alone (mean of three seeds).
 How sure: digits was measured on the machine named in benchmarks/LOG.md, also as a job. The ImageNet-1k recipes have
     been checked as plans only, never run.
 """
