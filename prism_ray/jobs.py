@@ -7,7 +7,6 @@ since Ray sets RAY_ADDRESS there. The same job submitted again continues its run
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from prism_ray import cli
@@ -45,8 +44,6 @@ def run_job(name: str, arguments: Sequence[str]) -> int:
     is_strict, overrides = split_strict(arguments)
     verb, settings = command_of(name, overrides)
     configs = compose_all(verb, settings)
-    if submission_id() is not None:
-        check_storage(configs)
     runs = [{"run_id": run_id(config), "url": run_url(config)} for config in configs]
     print(f"{NOTE}{json.dumps({'submission_id': submission_id(), 'runs': runs})}", flush=True)
     note(metadata(configs))
@@ -99,13 +96,3 @@ def compose_all(verb: str, settings: list[str]) -> list[Config]:
     if verb == "run":
         return [cli.compose(settings)]
     return [row.config for row in cli.compose_suite(settings)[1]]
-
-
-def check_storage(configs: Sequence[Config]) -> None:
-    """Refuse a folder that would be gone with a job's working directory."""
-    for config in configs:
-        if "://" not in config.storage and not Path(config.storage).is_absolute():
-            raise InputError(
-                f"storage={config.storage}: would lie in the job's working directory, which the cluster deletes; give "
-                "an address (s3://…, gs://…) or the absolute path of a file system that all nodes share"
-            )

@@ -21,7 +21,7 @@ from typing import NoReturn, TypeVar
 
 import psutil
 
-from prism_ray.errors import Stopped, ExitCode, PrismError, one_line
+from prism_ray.errors import ExitCode, PrismError, Stopped, one_line
 
 T = TypeVar("T")
 THREAD = "prism-ray-work"

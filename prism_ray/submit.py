@@ -11,7 +11,7 @@ from typing import NoReturn
 from prism_ray.config import Config
 from prism_ray.errors import InputError
 from prism_ray.identity import content_hash, run_id
-from prism_ray.jobs import STAGES, check_storage, command_of, compose_all, metadata, split_strict
+from prism_ray.jobs import STAGES, command_of, compose_all, metadata, split_strict
 from prism_ray.runtime.submission import Submission, submit_and_follow
 from prism_ray.signals import exit_with
 
@@ -51,6 +51,16 @@ def submit(arguments: Sequence[str], *, jobs_dir: Path) -> int:
         address=options.address,
         follow=not options.no_wait,
     )
+
+
+def check_storage(configs: Sequence[Config]) -> None:
+    """Refuse a folder that would be gone with a job's working directory."""
+    for config in configs:
+        if "://" not in config.storage and not Path(config.storage).is_absolute():
+            raise InputError(
+                f"storage={config.storage}: would lie in the job's working directory, which the cluster deletes; give "
+                "an address (s3://…, gs://…) or the absolute path of a file system that all nodes share"
+            )
 
 
 def job_name(job: str, configs: Sequence[Config]) -> str:
