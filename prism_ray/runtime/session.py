@@ -158,7 +158,7 @@ def start(compute: ComputeConfig) -> None:
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"compute.address={address!r}: cannot join ({reason}); check versions and RAY_AUTH_TOKEN"
+            f"compute.address={address!r}: cannot join ({reason}); check versions, RAY_AUTH_MODE and RAY_AUTH_TOKEN"
         ) from error
     if not local:
         check_fits(compute, list(cluster_nodes().values()), where=f"the cluster at {address}")
