@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "cluster/Dockerfile"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTALL_S = 900
+INSTALL_S = 2700
 
 
 @dataclass
