@@ -39,6 +39,7 @@ PATTERNS = ("images/*.parquet", "labels/*.parquet", "student/*/model.safetensors
 RECIPE = ["recipe=digits_smoke", "images_per_class=6", "method.batch_size=5", "method.mosaic_tiles=1"]
 TIMEOUT_S = 800.0
 DRAIN_S = 60
+START_TRIES = 3
 TYPE = "ray.io/accelerator-type"
 
 SITECUSTOMIZE = """
@@ -97,9 +98,19 @@ class Cluster:
         self.nodes: list[psutil.Popen] = []
 
     def start_head(self, *, cpus: int, more: tuple[str, ...] = (), **environment: str) -> None:
+        """The first node. A busy machine may need several tries: Ray gives up after a while."""
         arguments = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
-        self._start([*arguments, f"--num-cpus={cpus}", *more], environment)
-        wait_until(lambda: is_open(self.port), "the head answers")
+        log = self.folder / "node-0.log"
+        for _ in range(START_TRIES):
+            head = self._start([*arguments, f"--num-cpus={cpus}", *more], environment)
+            wait_until(
+                lambda head=head: head.poll() is not None or "Ray runtime started" in log.read_text(),
+                "the head answers",
+            )
+            if head.poll() is None:
+                return
+            self.kill(head)
+        raise SystemExit("the head did not start")
 
     def add(self, kind: str, market: str = "on-demand") -> psutil.Popen:
         """A node with one CPU and one fake GPU of a kind."""
@@ -151,6 +162,10 @@ def cluster(**options: Any) -> Iterator[Cluster]:
         made = Cluster(Path(folder), **options)
         try:
             yield made
+        except SystemExit:
+            for log in sorted(made.folder.glob("node-*.log")):
+                print(f"{log.name}: {log.read_text()[-2000:]}", file=sys.stderr)
+            raise
         finally:
             made.close()
 
@@ -159,11 +174,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = TIMEOUT_S) -> float:
@@ -221,9 +231,16 @@ class Driver:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Until a condition holds while the run goes on."""
+        wait_until(lambda: not self.is_running() or condition(), what)
+        if not condition():
+            self.finish()
+            raise SystemExit(f"the run ended before: {what}")
+
     def wait_for(self, units: int) -> None:
         """Until so many units are published."""
-        wait_until(lambda: not self.is_running() or self.published() >= units, f"{units} units are published")
+        self.wait_until(lambda: self.published() >= units, f"{units} units are published")
 
     def finish(self) -> float:
         """Wait for its end; returns the seconds it took."""
@@ -281,7 +298,7 @@ def killed(storage: Path, overrides: list[str], units_s: float) -> dict[str, Any
         both = nodes.add("a100"), nodes.add("a100")
         sizes = ["compute.autoscaling=true", "compute.pools={gpu: {actors: 2, resources: {a100: 1}}}"]
         driver = Driver(nodes, storage / "killed", [*overrides, *sizes], expected)
-        wait_until(lambda: not driver.is_running() or len(nodes.begun()) > 0, "a unit begins")
+        driver.wait_until(lambda: len(nodes.begun()) > 0, "a unit begins")
         pid = nodes.begun()[0]["pid"]
         nodes.kill(next(node for node in both if pid in [child.pid for child in node.children(recursive=True)]))
         seconds = driver.finish()
@@ -392,7 +409,7 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, required=True)
     parser.add_argument("--units-s", type=float, default=2.0, help="delay of every unit, seconds")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     result = SCENARIOS[options.scenario](options.storage.resolve(), options.overrides, options.units_s)
     print(json.dumps(result))
     sys.exit(0 if result["passed"] else 1)

@@ -1,6 +1,6 @@
 """The real pipeline while its cluster changes: the bytes of a run that nothing disturbed, and no unit lost.
 
-Each test runs `benchmarks/elastic.py`, which has a cluster of its own. The first is short enough for every day.
+Each test runs `benchmarks/elastic.py`, which has a cluster of its own.
 """
 
 import json
@@ -24,6 +24,7 @@ def elastic(scenario: str, storage: Path, *arguments: str, timeout_s: float) -> 
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_is_killed_in_a_unit_costs_that_unit_alone(tmp_path: Path) -> None:
     result = elastic("killed", tmp_path, "--units-s=4", *FEW, timeout_s=590)
