@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from prism_ray.documents import is_plain
 from prism_ray.options import (
     BackEnd,
     BatchPlan,
@@ -82,8 +83,12 @@ label_bits: Check = (lambda v: v == 16 or 1 <= v <= 8, "16 (half precision) or 1
 positive_entries: Check = (lambda v: all(math.isfinite(x) and x > 0 for x in v), "finite numbers above 0")
 texts: Check = (lambda v: all(isinstance(t, str) and t for t in v.values()), "text for every label")
 amounts: Check = (lambda v: all(math.isfinite(x) and x > 0 for x in v.values()), "a number above 0 for every resource")
+variable_name: Check = (
+    lambda v: v.isascii() and v.isidentifier() and v == v.upper(),
+    "the name of an environment variable, in capitals; never the key itself",
+)
 plain_name: Check = (
-    lambda v: 0 < len(v) <= 128 and all(c.isascii() and (c.isalnum() or c in "._-") for c in v) and v[0] not in ".-",
+    is_plain,
     "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
 )
 
@@ -224,7 +229,7 @@ class PromptsConfig:
     )
     url: str | None = setting(None, doc="of that server, such as http://127.0.0.1:8000/v1", output=False)
     api_key_variable: str = setting(
-        "OPENAI_API_KEY", doc="environment variable with the server's key", check=not_empty, output=False
+        "OPENAI_API_KEY", doc="environment variable with the server's key", check=variable_name, output=False
     )
     timeout_s: float = setting(60.0, doc="of one request, seconds", check=positive, output=False)
     judged_images: int = setting(

@@ -1,5 +1,7 @@
 """What a command can end with: exit codes and the errors that carry them."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -57,9 +59,43 @@ def within(key: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error as a single line."""
-    text = " ".join(str(error).split())
+    """The message of an error as a single line, without secrets, that does to a terminal what it says."""
+    text = printable(redacted(" ".join(str(error).split())))
     return text or type(error).__name__
+
+
+_SECRET_VARIABLE = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY")
+_NO_SECRET = re.compile(r"_(PATH|FILE|DIR|MODE|URL|URI|CREDENTIALS)$")
+_SECRET_TEXT = re.compile(
+    r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)"  # user:password@ of an address
+    r"|(?<=Bearer )\S+"
+    r"|\b(?:sk-[A-Za-z0-9_-]{20,}|(?:hf_|ghp_)[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})"  # keys by their form
+    r"|(?<=[?&])(?i:[a-z0-9_-]*(?:signature|credential|token|password|secret|apikey|api_key|sig)=)[^&\s'\"]+"
+)
+REDACTED = "[secret]"
+
+
+def redacted(text: str) -> str:
+    """The text without what environment variables named like secrets hold, and without what looks like one."""
+    for name, value in os.environ.items():
+        is_secret = _SECRET_VARIABLE.search(name.upper()) and not _NO_SECRET.search(name.upper())
+        if is_secret and len(value) >= 8:
+            text = text.replace(value, REDACTED)
+    return _SECRET_TEXT.sub(REDACTED, text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text has an address with a password or signature in it, or what looks like a key."""
+    return _SECRET_TEXT.search(text) is not None
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that a terminal would act on: colors, movements, titles, text from the right.
+
+    Lines stay lines.
+    """
+    kept = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return text if text.isascii() and text.isprintable() else "".join(kept)
 
 
 def shortened(error: BaseException, limit: int = 200) -> str:

@@ -1,6 +1,5 @@
 """What sampling from a generator is made of: where its artifacts belong, and what they are made from."""
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from prism_ray.config import Config, WorldConfig
 from prism_ray.data.imagenet_names import class_names as imagenet_names
 from prism_ray.data.imagenet_names import synsets
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.documents import parse_json
 from prism_ray.errors import InputError
 from prism_ray.generator_files import takes_class_ids
 from prism_ray.identity import content_hash, plain, walk
@@ -181,9 +181,11 @@ def class_ids_of_generator(generator: str | Path, class_names: Sequence[str]) ->
     Raises:
         InputError: the pipeline was trained on other classes.
     """
-    folder = local_folder(generator, only=DESCRIPTION)
-    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    num_classes = config.get("num_embeds_ada_norm")
+    path = local_folder(generator, only=DESCRIPTION) / "transformer" / "config.json"
+    try:
+        num_classes = dict(parse_json(path.read_bytes())).get("num_embeds_ada_norm")
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: is no JSON object; download or copy the folder again") from error
     if num_classes == len(class_names):
         return list(range(len(class_names)))
     known = {name: n for names in (imagenet_names(), synsets()) for n, name in enumerate(names)}

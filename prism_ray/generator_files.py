@@ -1,9 +1,9 @@
 """Refuses a wrong generator folder within milliseconds: nothing here imports torch or diffusers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from prism_ray.documents import is_plain, parse_json
 from prism_ray.errors import InputError
 from prism_ray.weights import check_weights_file
 
@@ -35,6 +35,8 @@ def check_generator(folder: Path, tiny_decoder: Path | None = None) -> None:
     if kind not in PIPELINES:
         raise InputError(f"{shown}: is a {kind}; supported are {', '.join(PIPELINES)}; choose another generator")
     for name, entry in index.items():
+        _check_entry(name, entry, kind=kind, shown=shown)
+    for name, entry in index.items():
         if name.startswith("_") or name in _UNUSED or not _has_weights(entry):
             continue
         _check_part(folder / name, shown=f"{shown}: part {name}")
@@ -44,13 +46,28 @@ def check_generator(folder: Path, tiny_decoder: Path | None = None) -> None:
         _check_part(folder / TINY_DECODER, shown=f"{shown}: part {TINY_DECODER}")
 
 
+def _check_entry(name: str, entry: Any, *, kind: str, shown: str) -> None:
+    """Refuse a part that lies elsewhere, or whose class diffusers would import from any module of that name."""
+    if name.startswith("_") or not isinstance(entry, list):
+        return
+    if not is_plain(name):
+        raise InputError(f"{shown}: part {name!r} is no folder in it; download or copy it again")
+    is_unused = name == "safety_checker" and kind == "StableDiffusionPipeline"
+    if None in entry or is_unused:
+        return
+    if len(entry) != 2 or entry[0] not in _NETWORKS or not isinstance(entry[1], str):
+        raise InputError(
+            f"{shown}: part {name} is {entry}; expected a class of {' or '.join(_NETWORKS)}; choose another generator"
+        )
+
+
 def _read_index(folder: Path, shown: str) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise InputError(f"{shown}: has no model_index.json; expected a diffusers pipeline folder; check the path")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        index = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: is no JSON; download or copy the folder again") from error
     if not isinstance(index, dict):
         raise InputError(f"{path}: holds no mapping of parts; download or copy the folder again")
@@ -76,10 +93,13 @@ def _check_part(folder: Path, *, shown: str) -> None:
         raise InputError(f"{shown}: {held}; expected *.safetensors; convert the model with save_pretrained")
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            named = {str(name) for name in parse_json(index.read_bytes())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: is unreadable; download or copy the folder again") from error
-        missing = sorted(str(name) for name in named if not (folder / str(name)).is_file())
+        outside = sorted(name for name in named if not is_plain(name))
+        if outside:
+            raise InputError(f"{index}: names {outside[0]!r}, which is no file beside it; copy the folder again")
+        missing = sorted(name for name in named if not (folder / name).is_file())
         if missing:
             raise InputError(f"{shown}: {missing[0]} of its index is missing; download or copy the folder again")
     for path in files:

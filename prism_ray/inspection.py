@@ -268,7 +268,7 @@ def _duplicate_images(ledger: Ledger) -> dict[str, str]:
             continue
         try:
             image_ids = read_table(ledger.store, receipt.key)["image_id"].to_pylist()
-        except (OSError, ValueError, KeyError):
+        except (PrismError, KeyError):
             continue  # damaged, and reported as such
         again = [image_id for image_id in image_ids if image_id in seen]
         if again:

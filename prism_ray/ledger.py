@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_ray.deadline import ended_after
-from prism_ray.errors import Drained, Fenced, InputError, PrismError, one_line
+from prism_ray.documents import fits
+from prism_ray.errors import Drained, Fenced, InputError, PrismError, one_line, redacted, shortened
 from prism_ray.lock import check_epoch
 from prism_ray.schema import table_bytes
 from prism_ray.storage import Store, parsed_json, read_json, sha256_of, to_json
@@ -56,6 +57,27 @@ class Receipt:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """That a unit is being tried, and what came of it."""
+
+    epoch: int
+    node: str
+    error: str | None = None
+    traceback: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenUp:
+    """A unit in quarantine."""
+
+    stage: str
+    name: str
+    unit_id: str
+    attempts: int
+    reason: str
+
+
 class Ledger:
     """The record of one run, in its folder. Stateless: every answer is read from the store."""
 
@@ -68,13 +90,12 @@ class Ledger:
         """Receipts of a stage by unit name."""
         folder, found = f"receipts/{stage}", {}
         for key, data in self.store.read_all(folder).items():
-            receipt = Receipt(**parsed_json(data, self.store.url_of(key)))
+            receipt = parsed_json(data, self.store.url_of(key), Receipt)
             found[receipt.name] = receipt
         return found
 
     def receipt(self, stage: str, name: str) -> Receipt | None:
-        content = read_json(self.store, f"receipts/{stage}/{name}.json")
-        return None if content is None else Receipt(**content)
+        return read_json(self.store, f"receipts/{stage}/{name}.json", Receipt)
 
     def write_receipt(self, receipt: Receipt) -> None:
         self.store.put(f"receipts/{receipt.stage}/{receipt.name}.json", to_json(asdict(receipt)))
@@ -152,18 +173,18 @@ class Ledger:
 
     def fail_attempt(self, key: str, error: BaseException, *, stack: str = "") -> None:
         """Turn a start marker into a failure with its reason; `stack` says where, if the error itself does not."""
-        marker = json.loads(self.store.read(key))
+        marker = asdict(parsed_json(self.store.read(key), key, Marker))
         text = stack or "".join(traceback.format_exception(error))
-        self.store.put(key, to_json({**marker, "error": _reason(error), "traceback": text[-8000:]}))
+        self.store.put(key, to_json({**marker, "error": _reason(error), "traceback": redacted(text)[-8000:]}))
 
     def failed_attempts(self, stage: str, name: str, *, epoch: int, live_nodes: Collection[str]) -> list[str]:
         """Reasons of the attempts that count: errors, and deaths that the driver and the node survived."""
         reasons = []
-        for data in self.store.read_all(f"attempts/{stage}/{name}").values():
-            marker = json.loads(data)
-            if marker["error"] is not None:
-                reasons.append(marker["error"])
-            elif marker["epoch"] == epoch and marker["node"] in live_nodes:
+        for key, data in self.store.read_all(f"attempts/{stage}/{name}").items():
+            marker = parsed_json(data, self.store.url_of(key), Marker)
+            if marker.error is not None:
+                reasons.append(marker.error)
+            elif marker.epoch == epoch and marker.node in live_nodes:
                 reasons.append("its process died")
         return reasons
 
@@ -177,7 +198,8 @@ class Ledger:
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Every unit that was given up."""
-        return [json.loads(data) for data in self.store.read_all("quarantine/units").values()]
+        entries = self.store.read_all("quarantine/units").items()
+        return [asdict(parsed_json(data, self.store.url_of(key), GivenUp)) for key, data in entries]
 
     def retry(self) -> int:
         """Forget quarantine and attempts, so that the next run tries again; returns the number of units."""
@@ -219,8 +241,10 @@ class Ledger:
             return f"has {size} bytes, its receipt says {receipt.bytes}"
         if self.store.sha256(receipt.key) != receipt.sha256:
             return "its content differs from its receipt (same size)"
-        folder = receipt.key.rpartition("/")[0]
-        for name, sha256 in receipt.details.get("files", {}).items():
+        folder, files = receipt.key.rpartition("/")[0], receipt.details.get("files", {})
+        if not fits(files, dict[str, str]):
+            return "its receipt names its files in no known form"
+        for name, sha256 in files.items():
             key = f"{folder}/{name}"
             if self.store.size(key) is None or self.store.sha256(key) != sha256:
                 return f"its {name} is missing or differs from its receipt"
@@ -238,7 +262,7 @@ class Ledger:
 
         Looks at sizes everywhere and at the content of what `verify` had found.
         """
-        suspects = {entry["key"] for entry in read_json(self.store, DAMAGED) or []}
+        suspects = {entry.get("key") for entry in read_json(self.store, DAMAGED, list[dict[str, str | None]]) or []}
         aside = []
         for stage, folder in FOLDERS.items():
             sizes = self.store.sizes(folder)
@@ -361,11 +385,31 @@ def _reason(error: BaseException) -> str:
 
 
 def read_table(store: Store, key: str) -> pa.Table:
-    """A published shard."""
-    return pq.read_table(io.BytesIO(store.read(key)))
+    """A published shard.
+
+    Raises:
+        PrismError: it is missing or damaged.
+    """
+    return _read(store, key, None)
 
 
 def read_columns(store: Store, key: str, columns: list[str]) -> pa.Table:
-    """Some columns of a published shard; the others are not read."""
-    with store.open(key) as source:
-        return pq.read_table(source, columns=columns)
+    """Some columns of a published shard; the others are not read.
+
+    Raises:
+        PrismError: it is missing or damaged.
+    """
+    return _read(store, key, columns)
+
+
+def _read(store: Store, key: str, columns: list[str] | None) -> pa.Table:
+    try:
+        if columns is None:
+            return pq.read_table(io.BytesIO(store.read(key)))
+        with store.open(key) as source:
+            return pq.read_table(source, columns=columns)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise PrismError(
+            f"{store.url_of(key)}: is missing or damaged ({shortened(error)}); `prism-ray verify` with repair=true "
+            "makes it again"
+        ) from error

@@ -108,8 +108,8 @@ class RunLock:
 
 def newest_epoch(store: Store) -> int:
     """Highest epoch claimed on a run, 0 if none."""
-    epochs = [key.rsplit("/", 1)[1] for key in store.keys("lock") if key.endswith(".epoch")]
-    return max((int(name.removesuffix(".epoch")) for name in epochs), default=0)
+    names = [key.rsplit("/", 1)[1].removesuffix(".epoch") for key in store.keys("lock") if key.endswith(".epoch")]
+    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
 
 
 def check_epoch(store: Store, epoch: int) -> None:
@@ -146,7 +146,7 @@ def _identity() -> dict[str, Any]:
 def _is_dead_here(owner: dict[str, Any]) -> bool:
     """Whether the owner ran where we can see its process (host, boot, process namespace) and the process is gone."""
     here = (socket.gethostname(), _boot_id(), _pid_namespace())
-    if (owner.get("host"), owner.get("boot"), owner.get("pids")) != here or "pid" not in owner:
+    if (owner.get("host"), owner.get("boot"), owner.get("pids")) != here or type(owner.get("pid")) is not int:
         return False
     return _start_time(owner["pid"]) != owner.get("started")
 

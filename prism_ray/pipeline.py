@@ -19,7 +19,7 @@ from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
 from prism_ray.data.shifted import class_ids_in, prepare_shifted
-from prism_ray.errors import ExitCode, InputError, PrismError
+from prism_ray.errors import ExitCode, InputError, PrismError, printable
 from prism_ray.generation import calibration_item, generator_of, phrases_item, prompts_item
 from prism_ray.ledger import MANIFEST, Outcome
 from prism_ray.options import Executor
@@ -122,7 +122,7 @@ def run(
         for each in runs:
             each.write_manifest()
     quarantined = [entry for each in runs for entry in each.ledger.quarantined()]
-    print(summary.closing_text(runs, report, quarantined, references=references or {}))
+    print(printable(summary.closing_text(runs, report, quarantined, references=references or {})))
     return ExitCode.quarantined if quarantined else ExitCode.done
 
 

@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from prism_ray.errors import printable
+
 SAME_AGAIN_S = 30.0
 """How long nothing new is not worth a line."""
 
@@ -136,7 +138,7 @@ class Progress:
             done=done,
             images=self._state.images if images is None else images,
             quarantined=self._state.quarantined if quarantined is None else quarantined,
-            note=self._state.note if note is None else " ".join(note.split()),
+            note=self._state.note if note is None else printable(" ".join(note.split())),
         )
         if self._live is None and self._clock() - self._written_s >= self._interval_s:
             is_news = self._state.counts() != self._written
@@ -145,7 +147,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Show a text at once, above the panel or as lines of its own."""
-        lines = "\n".join(text.splitlines())  # also takes carriage returns away
+        lines = printable("\n".join(text.splitlines()))  # also takes carriage returns away
         if self._live is not None and self._live_started:
             self._live.console.print(Text(lines))
         else:

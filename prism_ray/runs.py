@@ -14,6 +14,7 @@ from prism_ray import __version__
 from prism_ray.artifacts import artifact_facts, sha256_in
 from prism_ray.config import Config, Row
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.documents import parse_yaml
 from prism_ray.errors import Fenced, InputError, PrismError, StorageError, one_line
 from prism_ray.generation import generator_digest
 from prism_ray.identity import config_hash, content_hash, images_hash, output_settings, plain, run_id
@@ -346,9 +347,9 @@ def _check_same(run: Run) -> None:
     if run.store.size("config.yaml") is None:
         return
     try:
-        begun = yaml.safe_load(run.store.read("config.yaml"))
+        begun = parse_yaml(run.store.read("config.yaml").decode())
         begun_hash, before = begun["config_hash"], _flat(begun["settings"])
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise PrismError(
             f"{run.store.url_of('config.yaml')}: damaged; delete it if you know the run's settings, and run the same "
             "command again"

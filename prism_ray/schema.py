@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prism_ray.documents import fits, parse_json
+
 VERSION = 1
 """Written into every table; a reader refuses a newer one."""
 
@@ -86,12 +88,15 @@ def label_schema(
 
 
 def class_names_of(schema: pa.Schema) -> list[str] | None:
-    """Class names of an image table, or None where its metadata has none."""
+    """Class names of an image table, or None where its metadata has none that make sense."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return None
-    label = json.loads(text).get("info", {}).get("features", {}).get("label", {})
-    return label.get("names")
+    try:
+        names = parse_json(text)["info"]["features"]["label"]["names"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return names if fits(names, list[str]) else None
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -105,7 +110,8 @@ def table_bytes(table: pa.Table) -> bytes:
 
 def text_metadata(schema: pa.Schema) -> dict[str, str]:
     """What a table says of itself."""
-    return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    entries = (schema.metadata or {}).items()
+    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in entries}
 
 
 def _label_bytes(table: pa.Table) -> bytes:

@@ -112,7 +112,12 @@ def _from_url(source: str, building: Path) -> None:
     for path, name, size in found:
         target = building / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(path, str(target))
+        try:
+            fs.get_file(path, str(target))
+        except OSError as error:
+            raise PrismError(
+                f"generator.source={source!r}: {name} can't be copied ({one_line(error)}); run the same command again"
+            ) from error
         if target.stat().st_size != size:
             raise PrismError(f"generator.source={source!r}: {name} was cut off on its way; run the same command again")
 

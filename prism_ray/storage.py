@@ -16,11 +16,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
-from prism_ray.errors import InputError, PrismError, StorageError
+from prism_ray.documents import fits, parse_json, record
+from prism_ray.errors import InputError, PrismError, StorageError, shortened
 from prism_ray.stores import SCHEMES, ObjectStore
 
 TEMPORARY = ".tmp"
@@ -317,8 +319,11 @@ def to_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(store: Store, key: str) -> Any | None:
+def read_json(store: Store, key: str, kind: Any = dict[str, Any]) -> Any | None:
     """Parsed content of a JSON object, or None where there is none.
+
+    Args:
+        kind: what it must hold: an annotation that `documents.fits` knows, or a dataclass to make of it.
 
     Raises:
         PrismError: it is damaged. No kill leaves it so, only the disk or a hand.
@@ -327,19 +332,26 @@ def read_json(store: Store, key: str) -> Any | None:
         data = store.read(key)
     except FileNotFoundError:
         return None
-    return parsed_json(data, store.url_of(key))
+    return parsed_json(data, store.url_of(key), kind)
 
 
-def parsed_json(data: bytes, shown: str) -> Any:
-    """Content of a JSON object, called `shown` in the message.
+def parsed_json(data: bytes, shown: str, kind: Any = dict[str, Any]) -> Any:
+    """Content of a JSON object, called `shown` in the message; see `read_json` for `kind`.
 
     Raises:
         PrismError: it is damaged.
     """
     try:
-        return json.loads(data)
+        content = parse_json(data)
+        if is_dataclass(kind):
+            return record(cast(type, kind), content)
+        if not fits(content, kind):
+            raise ValueError(f"is a {type(content).__name__}")
+        return content
     except ValueError as error:
-        raise PrismError(f"{shown}: damaged, no JSON in it; delete it and run the same command again") from error
+        raise PrismError(
+            f"{shown}: damaged, not what belongs there ({shortened(error)}); delete it and run the same command again"
+        ) from error
 
 
 def publish_folder(built: Path, final: Path) -> bool:

@@ -305,7 +305,7 @@ def write_reports(
     for run, summary in zip(runs, summaries, strict=True):
         own = replace(summary, label=run.config.method.name, column=None)
         contents = [own.to_dict()]
-        known = read_json(run.store, "report/summary.json")
+        known = read_json(run.store, "report/summary.json", Any)
         if always or known != contents or run.store.size("report/report.html") is None:
             page = render_report([own], title=run.name, command=command)
             run.store.put("report/report.html", page.encode())
@@ -323,7 +323,7 @@ def write_reports(
             "rows": [asdict(row) for row in score_rows(cells, references)],
         },
     }
-    known = {name: read_json(root, f"{folder}/{name}.json") for name in tables}
+    known = {name: read_json(root, f"{folder}/{name}.json", Any) for name in tables}
     documents = ("report.html", "results.md", "results.csv")
     if known != tables or any(root.size(f"{folder}/{name}") is None for name in documents):
         written = {

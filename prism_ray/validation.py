@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from prism_ray.config import STAGES, Check, Config, label_teachers, plain_name
-from prism_ray.errors import InputError
+from prism_ray.errors import InputError, holds_secret
 from prism_ray.identity import plain, walk
 from prism_ray.options import (
     BackEnd,
@@ -36,6 +36,7 @@ def check_config(config: Config) -> None:
         InputError: one line that names the setting, its value, what was expected and what to do.
     """
     for key, value, metadata in walk(config):
+        _check_secrets(key, value)
         _check_value(key, value, metadata["check"])
     if config.run_id is not None:
         _check_value("run_id", config.run_id, plain_name)
@@ -63,6 +64,19 @@ def _check_value(key: str, value: Any, check: Check | None) -> None:
     accepts, expected = check
     if not accepts(value):
         raise InputError(f"{key}={plain(value)}: not allowed; expected {expected}")
+
+
+def _check_secrets(key: str, value: Any) -> None:
+    """Refuse an address with a password or a signature in it: settings are written into run folder and report."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if isinstance(value, dict):
+        texts = [part for entry in value.items() for part in entry]
+    for text in texts:
+        if isinstance(text, str) and holds_secret(text):
+            raise InputError(
+                f"{key}: holds a password or key, which would be written into the run folder; give it in the "
+                "environment, as AWS_SECRET_ACCESS_KEY or HF_TOKEN, or in a file that its program reads"
+            )
 
 
 def _shown(value: Any) -> Any:

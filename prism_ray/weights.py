@@ -3,11 +3,11 @@
 import difflib
 import functools
 import importlib.util
-import json
 import re
 import zipfile
 from pathlib import Path
 
+from prism_ray.documents import parse_json
 from prism_ray.errors import InputError
 from prism_ray.storage import sha256_of_file
 
@@ -188,13 +188,13 @@ def _check_safetensors(path: Path, size_bytes: int) -> None:
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
             raise InputError(f"{path}: is no safetensors file (its header is unreadable); download or copy it again")
+        if 8 + header_bytes > size_bytes:
+            raise InputError(f"{path}: is cut short inside its header ({size_bytes} bytes); download or copy it again")
         header = file.read(header_bytes)
-    if len(header) < header_bytes:
-        raise InputError(f"{path}: is cut short inside its header ({size_bytes} bytes); download or copy it again")
     try:
-        entries = json.loads(header)
+        entries = parse_json(header)
         ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path}: is no safetensors file (its header is unreadable); download or copy it again"
         ) from error

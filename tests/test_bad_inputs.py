@@ -222,7 +222,7 @@ def test_more_images_than_a_class_has_are_refused_before_teachers_are_trained(
         (b"method: {iteratoins: 3}\n", ["did you mean method.iterations?"]),
         (b"images_per_class: ten\n", ["images_per_class", "'ten'", "expected an integer"]),
         (b"student: {labels: [softt]}\n", ["student.labels", "softt", "soft, hard"]),
-        (b"defaults:\n  - override /dataset: nope\n", ["dataset/nope", "digits, fashion_mnist"]),
+        (b"defaults:\n  - override /dataset: nope\n", ["dataset=nope", "digits, fashion_mnist"]),
     ],
 )
 def test_a_recipe_file_that_is_none_is_refused(

@@ -13,7 +13,7 @@ from prism_ray.cli.compose import compose, compose_suite
 from prism_ray.cli.files import GROUPS, group_names
 from prism_ray.cli.keys import nearest
 from prism_ray.config import Row
-from prism_ray.errors import ExitCode, InputError
+from prism_ray.errors import ExitCode, InputError, printable
 from prism_ray.signals import ends_in_order
 
 __all__ = ["compose", "compose_suite", "main"]
@@ -99,7 +99,7 @@ def _plan(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
     from prism_ray import inspection
 
-    print(inspection.plan_text(config))
+    print(printable(inspection.plan_text(config)))
     return ExitCode.done
 
 
@@ -107,7 +107,7 @@ def _status(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
     from prism_ray import inspection
 
-    print(inspection.status_text(config))
+    print(printable(inspection.status_text(config)))
     return ExitCode.done
 
 
@@ -117,7 +117,7 @@ def _verify(overrides: list[str]) -> ExitCode:
 
     problems = inspection.verify(config)
     for problem in problems:
-        print(f"{problem['key']}: {problem['problem']}")
+        print(printable(f"{problem['key']}: {problem['problem']}"))
     if not problems:
         print(f"{inspection.describe(config)}: every object matches its receipt")
         return ExitCode.done

@@ -288,6 +288,7 @@ def _stored_recipe(override: str, store: Any) -> str:
         return override
     path = Path(value)
     content = read_yaml(path)
+    _check_defaults(path, content.get("defaults", []))
     name = re.sub(r"[^A-Za-z0-9_]", "_", path.stem)
     for key in _keys_within(content):
         try:
@@ -297,6 +298,27 @@ def _stored_recipe(override: str, store: Any) -> str:
     content.setdefault("recipe_name", name)
     store.store(group="recipe", name=name, package="_global_", node=content)
     return f"recipe={name}"
+
+
+def _check_defaults(path: Path, defaults: Any) -> None:
+    """Refuse all but shipped presets in what a recipe builds on: Hydra would take files and settings of its own too."""
+    expected = "expected a list of shipped recipes and of 'override /GROUP: NAME'"
+    if not isinstance(defaults, list):
+        raise InputError(f"{path}: defaults: {defaults!r} is no list; {expected}")
+    for entry in defaults:
+        if entry == "_self_":
+            continue
+        option = entry if isinstance(entry, dict) else {"override /recipe": entry}
+        if len(option) != 1:
+            raise InputError(f"{path}: defaults: {entry!r} is not one entry; {expected}")
+        ((key, name),) = option.items()
+        group = str(key).removeprefix("override /")
+        if group == key or group not in GROUPS or not isinstance(name, str) or "/" in name:
+            raise InputError(f"{path}: defaults: {entry!r} is no preset; {expected}")
+        try:
+            group_file(group, name)
+        except InputError as error:
+            raise InputError(f"{path}: defaults: {error}") from error
 
 
 def _keys_within(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_ray.cli.keys import nearest
+from prism_ray.documents import parse_yaml
 from prism_ray.errors import InputError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -27,17 +28,17 @@ def group_file(group: str, name: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    """A file of settings.
 
+    Raises:
+        InputError: it can't be read, or is not what `parse_yaml` takes.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a YAML file ({first_lines(error)})") from error
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a YAML file of settings ({first_lines(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a YAML mapping; expected keys of prism_ray/config.py")
-    if "${" in text or "_target_" in text:
-        raise InputError(f"{path}: interpolations and _target_ are not allowed; write the values themselves")
     return content
 
 

@@ -43,6 +43,7 @@ WAY_OUT = (
     "install the Debian package dataset-fashion-mnist, or set dataset.path to a folder with "
     f"{', '.join(FILES)} from {URL}"
 )
+MAX_IMAGES = 10_000_000  # a header can announce 2**32, and a few megabytes of gzip hold as many labels
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801  # unsigned bytes in three dimensions, in one
 
 
@@ -98,6 +99,8 @@ class FashionMnist:
             raise self._damaged(
                 split, IMAGES, f"starts with {magic:#010x}; expected the IDX magic {IMAGES_MAGIC:#010x}"
             )
+        if count > MAX_IMAGES:
+            raise self._damaged(split, IMAGES, f"says it holds {count} images; expected at most {MAX_IMAGES}")
         if not 0 < rows * columns <= MAX_PIXELS:
             raise self._damaged(split, IMAGES, f"says images have {rows} x {columns} pixels")
         magic, num_labels = struct.unpack(">2I", self._read(labels, 8, split, LABELS))

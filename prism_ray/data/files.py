@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.core import url_to_fs
 
-from prism_ray.errors import InputError, one_line
+from prism_ray.errors import InputError, one_line, printable
 
 
 class Entry(NamedTuple):
@@ -60,6 +60,11 @@ def list_folder(fs: Any, folder: str, *, shown: str) -> list[Entry]:
     except PermissionError as error:
         raise InputError(f"dataset.path: folder {shown!r} may not be read; change its permissions") from error
     entries = [_entry(fs, info) for info in infos]
+    for entry in entries:
+        if not entry.name.isascii() and entry.name != entry.name.encode(errors="replace").decode():
+            raise InputError(
+                f"dataset.path: {printable(entry.name)!r} in {shown!r} has a name that is not UTF-8; rename it"
+            )
     if [entry.path.strip("/") for entry in entries] == [folder.strip("/")] and not entries[0].is_dir:
         raise InputError(f"dataset.path: {shown!r} is a file; expected a folder; check dataset.path")
     # An object store may list the folder itself as an empty object of the same name.

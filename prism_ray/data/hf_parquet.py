@@ -3,7 +3,6 @@
 <path>/train*.parquet and <path>/test*|validation*.parquet (or both in <path>/data/), one file, or a pattern with *
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -16,13 +15,16 @@ import pyarrow.parquet as pq
 
 from prism_ray.config import DatasetConfig
 from prism_ray.data.files import Entry, file_entry, files_fingerprint, list_folder, open_location
-from prism_ray.data.pixels import decode
+from prism_ray.data.pixels import MAX_BYTES, decode, too_many_bytes
 from prism_ray.data.records import RealImage, Split, held_out_description, held_out_rows
+from prism_ray.documents import fits, parse_json
 from prism_ray.errors import InputError, one_line
 
 TEST_PREFIXES = ("test", "validation", "val")
 SAMPLE = 8  # rows that a check decodes
 BATCH = 64  # rows read at once
+MAX_GROUP_BYTES = 2**32  # of a row group, unpacked
+MAX_BATCH_BYTES = 2**28
 
 
 class HfParquet:
@@ -120,7 +122,7 @@ class HfParquet:
         try:
             with self._fs.open(file.path, "rb") as stream, pq.ParquetFile(stream) as parquet:
                 yield parquet
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"dataset.path={self._path!r}: {file.name} cannot be read as parquet ({one_line(error)}); replace it"
             ) from error
@@ -180,11 +182,27 @@ class HfParquet:
                         f"{self._files['train'][0].name}; expected the same in every file; save the data set again"
                     )
                 row = 0
-                for batch in parquet.iter_batches(batch_size=BATCH, columns=[image, label]):
+                for batch in parquet.iter_batches(batch_size=self._batch_rows(parquet, file), columns=[image, label]):
                     cells, labels = batch.column(image), batch.column(label).to_pylist()
                     for cell, class_id in zip(cells, labels, strict=True):
                         yield class_id, f"{file.name.removesuffix('.parquet')}:{row:06d}", cell.as_py()
                         row += 1
+
+    def _batch_rows(self, parquet: pq.ParquetFile, file: Entry) -> int:
+        """How many rows fit into memory, whatever they hold: a dictionary repeats a value for a few bits a row.
+
+        A file of one kilobyte can so hold a million images of four megabytes. What a row group says of its own size is
+        believed here; Arrow itself refuses pages of more than 2 GiB.
+        """
+        # Of row groups alone: Arrow ends the process when asked for the columns of some damaged ones.
+        sizes = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
+        largest = max(sizes, default=0)
+        if min(sizes, default=0) < 0 or largest > MAX_GROUP_BYTES:
+            raise InputError(
+                f"dataset.path={self._path!r}: {file.name} has a row group of {largest} bytes; expected at most "
+                f"{MAX_GROUP_BYTES}; save it with smaller row groups"
+            )
+        return max(1, min(BATCH, MAX_BATCH_BYTES // max(1, largest)))
 
     def _check_label(self, class_id: int | None, name: str) -> int:
         if class_id is None or not 0 <= class_id < len(self.class_names):
@@ -201,16 +219,18 @@ class HfParquet:
                 f"dataset.image_column={self._dataset.image_column!r}: row {name} has no image bytes; expected encoded "
                 "images inside the file; save the data set with the images embedded"
             )
+        if len(data) > MAX_BYTES:
+            raise too_many_bytes(name, len(data))
         return data
 
 
 def _class_names(table_schema: pa.Schema, column: str) -> list[str] | None:
     """Class names of a column in the Hugging Face metadata, None where there are none or they make no sense."""
     try:
-        names = json.loads((table_schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
+        names = parse_json((table_schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+    except (LookupError, TypeError, ValueError):
         return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return names if fits(names, list[str]) else None
 
 
 def _is_binary(data_type: pa.DataType) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from prism_ray.config import DatasetConfig
 from prism_ray.data.files import Entry, files_fingerprint, list_folder, open_location, read_file
-from prism_ray.data.pixels import decode
+from prism_ray.data.pixels import MAX_BYTES, decode, too_many_bytes
 from prism_ray.data.records import RealImage, Split, held_out, held_out_description
 from prism_ray.errors import InputError
 
@@ -141,8 +141,10 @@ class ImageFolder:
         return "/".join([*parts, file.name] if file else parts)
 
     def _load(self, shown: str, file: Entry) -> Callable[[], Any]:
-        return partial(_read_image, self._fs, file.path, shown)
+        return partial(_read_image, self._fs, file, shown)
 
 
-def _read_image(fs: Any, path: str, shown: str) -> Any:
-    return decode(read_file(fs, path, shown=shown), shown)
+def _read_image(fs: Any, file: Entry, shown: str) -> Any:
+    if file.size_bytes > MAX_BYTES:
+        raise too_many_bytes(shown, file.size_bytes)
+    return decode(read_file(fs, file.path, shown=shown), shown)

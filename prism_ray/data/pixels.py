@@ -17,6 +17,10 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded: a small file can expand to any size."""
 
 
+MAX_BYTES = 2**28
+"""Larger files are refused before they are read: no image of so many pixels needs as much."""
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """A foreign image, decoded to its last byte and turned as its EXIF orientation says.
 
@@ -43,6 +47,13 @@ def _damaged(name: str, reason: str) -> InputError:
     return InputError(
         f"dataset: image {name!r} cannot be decoded ({reason}); expected a complete PNG, JPEG or WebP file; "
         "replace or remove it"
+    )
+
+
+def too_many_bytes(name: str, size_bytes: int) -> InputError:
+    """The refusal of an image file that is too long."""
+    return InputError(
+        f"dataset: image {name!r} has {size_bytes} bytes; expected at most {MAX_BYTES}; scale it down or remove it"
     )
 
 
@@ -81,7 +92,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
-def decode_png(data: bytes) -> np.ndarray:
-    """The array inside a PNG written by `encode_png`."""
+def decode_png(data: bytes, *, shape: tuple[int, int, int]) -> np.ndarray:
+    """The array inside a PNG written by `encode_png`.
+
+    Args:
+        shape: (height, width, channels) it must have.
+
+    Raises:
+        OSError, SyntaxError, ValueError: it is none, is damaged, or has another shape, which is seen before it is
+            decoded.
+    """
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if (image.height, image.width, len(image.getbands())) != shape or image.mode not in ("L", "RGB"):
+            raise ValueError(f"is {image.mode} of {image.height} x {image.width} pixels; expected {shape}")
         return np.asarray(image)

@@ -11,6 +11,7 @@ copies the files whose pixels it reads; of the others it reads the columns it ne
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,12 +37,14 @@ from prism_ray.data.pixels import decode_png, fit
 from prism_ray.data.records import SPLITS, RealImage, RealSource, Split
 from prism_ray.data.shards import ShardFile, SplitSummary, write_split
 from prism_ray.data.sources import open_source
-from prism_ray.errors import InputError, PrismError, one_line
+from prism_ray.documents import is_plain, parse_json, record
+from prism_ray.errors import InputError, PrismError, one_line, shortened
 from prism_ray.identity import content_hash, plain, walk
 from prism_ray.options import Source
 from prism_ray.storage import is_remote, open_store, sha256_of_file
 
 SUMMARY = "dataset.json"
+MAX_SIDE = 8192  # pixels; beyond it a damaged file is likelier than such a data set
 
 
 def check_dataset(dataset: DatasetConfig) -> list[str]:
@@ -112,14 +115,16 @@ class PreparedDataset:
         """Raises `PrismError` if the folder is not a complete prepared data set of a known version."""
         url = str(folder)
         try:
-            summary = json.loads((local_folder(url, only=[SUMMARY]) / SUMMARY).read_text(encoding="utf-8"))
+            summary = parse_json((local_folder(url, only=[SUMMARY]) / SUMMARY).read_bytes())
             if summary["version"] > schema.VERSION:
                 raise PrismError(
                     f"data set {url!r}: version {summary['version']} is newer than {schema.VERSION}, "
                     "the newest known; update prism_ray"
                 )
-            files = [ShardFile(**file) for file in summary.pop("files")]
+            facts = record(_Summary, {key: summary[key] for key in (*_SUMMARY_FIELDS, "files")})
+            files = [record(ShardFile, file) for file in facts.files]
             dataset = cls(url, files=files, **{key: summary[key] for key in _SUMMARY_FIELDS})
+            _check_summary(dataset)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrismError(
                 f"data set {url!r}: not a prepared data set ({one_line(error)}); delete the folder and prepare again"
@@ -232,25 +237,62 @@ class PreparedDataset:
         file_first = 0
         for file in (file for file in self.files if file.split == split):
             if holds_any(file_first, file.rows):
-                with pq.ParquetFile(self._path(file)) as parquet:
+                with _opened(self._path(file)) as parquet:
                     first = file_first
                     for group in range(parquet.num_row_groups):
                         rows = parquet.metadata.row_group(group).num_rows
                         if holds_any(first, rows):
-                            yield first, parquet.read_row_group(group, columns=["image.bytes"]).flatten().column(0)
+                            pngs = parquet.read_row_group(group, columns=["image.bytes"]).flatten().column(0)
+                            if len(pngs) != rows:
+                                raise OSError(f"holds {len(pngs)} rows where it says {rows}")
+                            yield first, pngs
                         first += rows
             file_first += file.rows
 
     def _pixels(self, png: bytes, *, split: Split, row: int) -> np.ndarray:
         """PNG bytes to (C, H, W)."""
         try:
-            pixels = decode_png(png)
+            pixels = decode_png(png, shape=(self.image_size, self.image_size, self.channels))
         except (OSError, SyntaxError, ValueError) as error:
             raise PrismError(
                 f"data set {self.url!r}: {split} image {row} is damaged ({one_line(error)}); "
                 "delete the folder and prepare again"
             ) from error
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What `dataset.json` says, of these types; see `PreparedDataset`."""
+
+    name: str
+    class_names: list[str]
+    image_size: int
+    channels: int
+    counts: dict[Split, list[int]]
+    mean: list[float]
+    std: list[float]
+    split: dict[str, Any]
+    files: list[dict[str, Any]]
+
+
+def _check_summary(dataset: PreparedDataset) -> None:
+    """Refuse numbers at odds with each other, before anything is allocated by them.
+
+    Raises:
+        ValueError: names what does not agree.
+    """
+    if dataset.channels not in (1, 3) or not 1 <= dataset.image_size <= MAX_SIDE:
+        raise ValueError(f"images of {dataset.channels} channels and {dataset.image_size} pixels")
+    if {len(dataset.mean), len(dataset.std)} != {dataset.channels}:
+        raise ValueError("mean and std are not one number per channel")
+    for split in SPLITS:
+        rows, counts = sum(file.rows for file in dataset.files if file.split == split), dataset.counts[split]
+        if len(counts) != dataset.num_classes or min(counts, default=0) < 0 or sum(counts) != rows:
+            raise ValueError(f"the {split} split counts other images than its files hold")
+    for file in dataset.files:
+        if not is_plain(file.name):
+            raise ValueError(f"{file.name!r} is no name of a file in it")
 
 
 _SUMMARY_FIELDS = ("name", "class_names", "image_size", "channels", "counts", "mean", "std", "split")
@@ -330,7 +372,7 @@ def _json_lines(content: dict[str, Any]) -> bytes:
 def _read_column(address: str, name: str) -> pa.ChunkedArray:
     if is_remote(address):
         return _read_remote_column(address, name)
-    with pq.ParquetFile(address) as file:
+    with _opened(address) as file:
         return file.read(columns=[name]).column(name)
 
 
@@ -338,5 +380,21 @@ def _read_column(address: str, name: str) -> pa.ChunkedArray:
 def _read_remote_column(address: str, name: str) -> pa.ChunkedArray:
     """Read once per process: it never changes, and costs a few requests each time."""
     folder, _, file_name = address.rpartition("/")
-    with open_store(folder).open(file_name) as source, pq.ParquetFile(source) as file:
+    with open_store(folder).open(file_name) as source, _opened(source, shown=address) as file:
         return file.read(columns=[name]).column(name)
+
+
+@contextmanager
+def _opened(source: Any, *, shown: str | None = None) -> Iterator[pq.ParquetFile]:
+    """A file of the data set, by its path or open already and called `shown`.
+
+    Raises:
+        PrismError: it is damaged.
+    """
+    try:
+        with pq.ParquetFile(source) as file:
+            yield file
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise PrismError(
+            f"data set: {shown or source} is damaged ({shortened(error)}); delete its folder and prepare again"
+        ) from error

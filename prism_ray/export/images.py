@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from prism_ray.artifacts import write_durably
-from prism_ray.errors import InputError
+from prism_ray.documents import is_plain
+from prism_ray.errors import InputError, PrismError
 from prism_ray.export.parts import read_published, shards, summary_for_card
 from prism_ray.ledger import Receipt
 from prism_ray.report.card import LabelTable, render_card
@@ -67,6 +68,11 @@ def write_imagefolder(run: Run, student: StudentItem | None, path: Path) -> None
             io.BytesIO(read_published(run, receipt.key, receipt.sha256)), columns=["image", "label", "image_id"]
         )
         for row in table.to_pylist():
+            if not is_plain(row["image_id"] or "") or not 0 <= (row["label"] or 0) < len(folders):
+                raise PrismError(
+                    f"{run.store.url_of(receipt.key)}: holds image {row['image_id']!r} of class {row['label']}, which "
+                    "prism_ray never wrote; nothing of it is exported"
+                )
             write_durably(path / "train" / folders[row["label"]] / f"{row['image_id']}.png", row["image"]["bytes"])
             seen.add(row["label"])
     empty = [names[class_id] for class_id in range(len(names)) if class_id not in seen]

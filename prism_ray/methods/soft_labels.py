@@ -137,11 +137,27 @@ class Codec(LabelLayout):
         low, high = limits[:, :1].astype(np.float64), limits[:, 1:].astype(np.float64)
         return low, (high - low) / (2**self.bits - 1)
 
+    def check(self, blobs: np.ndarray) -> None:
+        """Refuse blobs that no `encode` wrote.
+
+        Raises:
+            ValueError: another length, a value that is no finite number, or a class that does not exist.
+        """
+        if blobs.ndim != 2 or blobs.shape[1] != self.blob_bytes:
+            raise ValueError(f"labels of shape {blobs.shape}; expected {self.blob_bytes} bytes each for {self.name}")
+        classes_start, values_start, end = self.starts
+        numbers = blobs[:, values_start:end] if self.bits == 16 else blobs[:, :classes_start]
+        if not np.isfinite(np.ascontiguousarray(numbers).view(_FP16)).all():
+            raise ValueError("a logit is no finite number")
+        classes = np.ascontiguousarray(blobs[:, classes_start:values_start]).view(self._class_type)
+        if classes.size and classes.max() >= self.num_classes:
+            raise ValueError(f"class {classes.max()}; there are {self.num_classes}")
+
     def decode(self, blobs: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
         """Labels (n, K) float32 of some views.
 
         Args:
-            blobs: uint8 (N, blob_bytes).
+            blobs: uint8 (N, blob_bytes), which `check` accepts.
             rows, views: (n,) row of the image in `blobs`, and number of the view; repeats allowed.
 
         Raises:

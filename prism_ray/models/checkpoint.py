@@ -6,6 +6,7 @@ Random state is not part of it: order, crops and seeds of a step are derived fro
 import json
 import os
 import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prism_ray.documents import parse_json, record
 from prism_ray.errors import InputError, one_line
 from prism_ray.storage import abandoned, sync_path
 
 VERSION = 2
 _METADATA = "prism_ray.checkpoint"  # a single entry: safetensors writes several in any order
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What a file says beside its tensors."""
+
+    version: int
+    step: int
+    extra: dict[str, Any]
+    scalars: dict[str, dict[str, Any]]  # of the optimizer: parameter index -> name -> plain value
+    param_groups: list[dict[str, Any]]
 
 
 def save_checkpoint(
@@ -96,22 +109,22 @@ def load_checkpoint(
         InputError: the file is damaged, of a newer version, or of another network or optimizer.
     """
     metadata, tensors = _read(path)
-    optimizer_state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in metadata["scalars"].items()}
     module_states: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}}
-    for key, value in tensors.items():
-        owner, _, name = key.partition(".")
-        if owner in module_states:
-            module_states[owner][name] = value
-        else:
-            index, _, name = name.partition(".")
-            optimizer_state.setdefault(int(index), {})[name] = value
-    groups = _with_tuples(metadata["param_groups"], optimizer.state_dict()["param_groups"])
     try:
+        optimizer_state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in metadata["scalars"].items()}
+        for key, value in tensors.items():
+            owner, _, name = key.partition(".")
+            if owner in module_states:
+                module_states[owner][name] = value
+            else:
+                index, _, name = name.partition(".")
+                optimizer_state.setdefault(int(index), {})[name] = value
+        groups = _with_tuples(metadata["param_groups"], optimizer.state_dict()["param_groups"])
         module.load_state_dict(module_states["module"])
         if average is not None:
             average.load_state_dict(module_states["average"])
         optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: belongs to another network or optimizer ({one_line(error)[:200]}); "
             "delete it to start this training again"
@@ -122,7 +135,11 @@ def load_checkpoint(
 def _read(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {})[_METADATA])
+            metadata = parse_json((file.metadata() or {})[_METADATA])
+            if not isinstance(metadata, dict) or type(metadata.get("version")) is not int:
+                raise ValueError("it has no version")
+            if metadata["version"] <= VERSION:
+                metadata = asdict(record(_Metadata, metadata))
             # Cloned out of the memory map, which must not outlive a file that the next save replaces.
             names = file.keys() if with_tensors else []
             tensors = {name: torch.clone(file.get_tensor(name)) for name in names}

@@ -18,6 +18,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prism_ray.documents import parse_json
 from prism_ray.errors import InputError, one_line, shortened
 from prism_ray.models import families
 from prism_ray.weights import OWN_ARCHITECTURES, check_architecture, check_weights_file, find_weights
@@ -26,6 +27,9 @@ assert set(OWN_ARCHITECTURES) == set(families.NAMES)
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue, the ones PIL converts to gray with."""
+
+MAX_SIDE = 8192
+"""Of the images a network takes: images are resized to it, and a file may say anything."""
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -112,6 +116,10 @@ def _check_preprocessing(classifier: Classifier, *, mean: Sequence[float], std: 
         raise InputError(f"{name}: takes {in_chans} channels; expected 1 (gray) or 3 (RGB); choose another network")
     if classifier.num_classes < 1:
         raise InputError(f"{name}: has no classification layer; expected at least one class; choose another network")
+    if not 1 <= classifier.input_size <= MAX_SIDE:
+        raise InputError(
+            f"{name}: takes images of {classifier.input_size} pixels; expected 1 to {MAX_SIDE}; choose another network"
+        )
     for key, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, in_chans):
             raise InputError(
@@ -243,7 +251,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def read_extra(folder: Path) -> dict[str, Any]:
     """What `save_classifier` was given as `extra`; empty for a folder made elsewhere."""
     path = folder / "prism_ray.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return parse_json(path.read_bytes()) if path.is_file() else {}
 
 
 def load_classifier(folder: Path, *, allow_pickle: bool = False) -> Classifier:
@@ -260,6 +268,7 @@ def load_classifier(folder: Path, *, allow_pickle: bool = False) -> Classifier:
     weights_path = find_weights(folder)
     check_weights_file(weights_path, allow_pickle=allow_pickle)
     architecture, model_args = _read_architecture(folder / "config.json")
+    _check_described_size(folder, weights_path)
     try:
         network = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # whatever timm, torch or safetensors make of a file from elsewhere
@@ -272,15 +281,33 @@ def load_classifier(folder: Path, *, allow_pickle: bool = False) -> Classifier:
 
 def _read_architecture(config_path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        architecture, model_args = config["architecture"], config.get("model_args") or {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        config = parse_json(config_path.read_bytes())
+        architecture, model_args = config["architecture"], dict(config.get("model_args") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{config_path}: is no model configuration ({one_line(error)}); expected JSON with 'architecture'; "
             "save the model again"
         ) from error
     check_architecture(str(architecture), key=str(config_path))
     return architecture, model_args
+
+
+def _check_described_size(folder: Path, weights_path: Path) -> None:
+    """Refuse a config.json that describes more numbers than its weights have bytes, before they are allocated."""
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        described = sum(part.numel() for part in network.state_dict().values())
+    except Exception as error:
+        if "overflow" not in str(error):
+            return  # some networks compute with their weights while they are built; what is wrong is found by loading
+        described = 2**63
+    size_bytes = weights_path.stat().st_size
+    if described > size_bytes:
+        raise InputError(
+            f"{folder}: config.json describes a network of {described} numbers or more, {weights_path.name} has "
+            f"{size_bytes} bytes; save the model again"
+        )
 
 
 def load_timm(name: str, *, allow_pickle: bool = False) -> Classifier:
@@ -331,6 +358,15 @@ def _reach(hub_id: str, filename: str) -> None:
 
 
 def _from_timm(network: nn.Module, *, source: str, architecture: str, model_args: Mapping[str, Any]) -> Classifier:
+    try:
+        return _classifier_of(network, source=source, architecture=architecture, model_args=model_args)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source}: its configuration does not say what images it takes ({shortened(error)}); save the model again"
+        ) from error
+
+
+def _classifier_of(network: nn.Module, *, source: str, architecture: str, model_args: Mapping[str, Any]) -> Classifier:
     cfg = cast(dict[str, Any], network.pretrained_cfg)
     if network.num_classes != cfg["num_classes"]:  # timm has then left the last layer random, without an error
         raise InputError(

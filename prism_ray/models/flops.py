@@ -1,6 +1,5 @@
 """What a classifier's forward pass costs, counted on shapes alone: no weights are drawn or loaded, nothing computed."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_ray.config import TeacherConfig
+from prism_ray.documents import parse_json
 from prism_ray.errors import InputError, one_line, shortened
 from prism_ray.models import families
 from prism_ray.models.memory import kept_bytes, weight_bytes
@@ -127,10 +127,10 @@ def describe_teacher(teacher: TeacherConfig, *, image_size: int, channels: int, 
 def _describe_folder(folder: Path, *, num_classes: int) -> Architecture:
     find_weights(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
         in_chans, side, _ = config["pretrained_cfg"]["input_size"]
         return Architecture(config["architecture"], config.get("model_args") or {}, side, in_chans, num_classes)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: its config.json can't be read ({one_line(error)}); save the model again"
         ) from error

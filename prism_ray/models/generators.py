@@ -309,7 +309,7 @@ def load_generator(
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and None in entry}
     if kind is StableDiffusion:
         absent |= {"safety_checker": None, "requires_safety_checker": False}
-    offline = {"local_files_only": True, "use_safetensors": True}
+    offline = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     inside = folder / TINY_DECODER
     tiny = None
     with _quiet():

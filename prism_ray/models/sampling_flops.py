@@ -1,6 +1,5 @@
 """What sampling costs, counted on shapes alone from a pipeline folder's configs, without its weights."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_ray.config import MethodConfig, WorldConfig
+from prism_ray.documents import parse_json
 from prism_ray.errors import InputError, shortened
 from prism_ray.generator_files import TINY_DECODER
 from prism_ray.methods.diffusion.guidance import guided_steps
@@ -143,8 +143,8 @@ def _built(folder: Path) -> Any:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(parse_json(path.read_bytes()))
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: can't be read; expected a diffusers pipeline folder; check generator.source"
         ) from error

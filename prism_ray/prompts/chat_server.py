@@ -10,11 +10,12 @@ import os
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from prism_ray.documents import parse_json
 from prism_ray.errors import InputError, PrismError
 from prism_ray.prompts.write import Author, Messages
 from prism_ray.storage import open_store, read_json, sha256_of, to_json
@@ -59,6 +60,14 @@ class ChatServer:
             raise InputError(f"prompts.url={self.url!r}: is no address; expected one such as http://127.0.0.1:8000/v1")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An answer as it is kept."""
+
+    question: dict[str, Any]
+    answer: str
+
+
 def author_behind(server: ChatServer) -> Author:
     """An author whose answers come from a server, or from the folder if it answered before.
 
@@ -72,11 +81,11 @@ def author_behind(server: ChatServer) -> Author:
         question = {"model": server.model, "messages": messages, "temperature": 0, "max_tokens": ANSWER_TOKENS}
         body = json.dumps(question, sort_keys=True, ensure_ascii=False).encode()
         digest = sha256_of(body)
-        kept = read_json(store, f"{digest}.json")
+        kept = read_json(store, f"{digest}.json", Kept)
         if kept is None:
-            kept = {"question": question, "answer": _answer(server, opener, body, digest)}
-            store.create(f"{digest}.json", to_json(kept))
-        return kept["answer"]
+            kept = Kept(question, _answer(server, opener, body, digest))
+            store.create(f"{digest}.json", to_json(asdict(kept)))
+        return kept.answer
 
     return Author(SOURCE, ask)
 
@@ -143,8 +152,8 @@ def _read(opener: urllib.request.OpenerDirector, request: urllib.request.Request
 def _text_of(data: bytes) -> str:
     """The text of a chat completion; empty where the model declined to write one."""
     try:
-        text = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        text = parse_json(data)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError("an answer that is no chat completion") from error
     if not isinstance(text, str | None):
         raise ValueError("an answer that is no chat completion")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 
+from prism_ray.documents import parse_json, record
 from prism_ray.errors import InputError, shortened
 from prism_ray.prompts.captions import CONTENT_AXES, PHRASES, STYLE_AXES, caption, with_article
 from prism_ray.prompts.content import PHOTO_AXES, STYLES, axes_without, draw_axes
@@ -261,24 +262,15 @@ def from_jsonl(data: bytes) -> list[PromptRow]:
     rows: dict[tuple[int, int], PromptRow] = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
-            row = PromptRow(**json.loads(line))
-            if not _well_typed(row):
-                raise TypeError("a value of another type")
+            row = record(PromptRow, parse_json(line))
+            if row.class_id < 0 or row.prompt_index < 0:
+                raise ValueError("a negative number")
             if rows.setdefault((row.class_id, row.prompt_index), row) is not row:
                 raise ValueError(f"class {row.class_id} has prompt {row.prompt_index} already")
-        except (ValueError, TypeError, RecursionError) as error:
+        except ValueError as error:
             expected = ", ".join(entry.name for entry in fields(PromptRow))
             raise InputError(
                 f"prompt table, line {number}: is no prompt ({shortened(error, 80)}); expected an object with "
                 f"{expected}; delete its folder and run again"
             ) from error
     return list(rows.values())
-
-
-def _well_typed(row: PromptRow) -> bool:
-    return (
-        all(type(number) is int and number >= 0 for number in (row.class_id, row.prompt_index))
-        and isinstance(row.values, dict)
-        and all(isinstance(text, str) for text in (row.prompt, row.phrase, row.style, row.source, *row.values.values()))
-        and isinstance(row.reason, str | None)
-    )

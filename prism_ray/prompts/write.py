@@ -131,6 +131,7 @@ def validate(answer: str, phrase: str, *, others: re.Pattern[str]) -> tuple[list
         return [], [f"the answer is longer than {MOST_ANSWER_LETTERS} letters"]
     fenced = _FENCE.fullmatch(answer.strip())
     try:
+        # Not `parse_json`: one scene with half a character in it is to cost that scene alone.
         entries = json.loads(fenced[1] if fenced else answer)
     except (ValueError, RecursionError):
         return [], ["the answer is not JSON"]

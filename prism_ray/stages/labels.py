@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prism_ray.config import Config, LabelsConfig, label_teachers
-from prism_ray.errors import PrismError
+from prism_ray.errors import PrismError, one_line
 from prism_ray.ledger import Ledger, read_table
 from prism_ray.methods.batch_statistics import batch_statistics
 from prism_ray.methods.soft_labels import Codec, combine
@@ -105,6 +105,10 @@ def read_labels(ledger: Ledger, config: Config, units: Sequence[Unit], num_class
                 "run verify, then run again"
             )
         blobs.append(np.frombuffer(stored, dtype=np.uint8).reshape(len(ids), codec.blob_bytes))
+        try:
+            codec.check(blobs[-1])
+        except ValueError as error:
+            raise PrismError(f"{key}: is no label table ({one_line(error)}); run verify, then run again") from error
     return StoredLabels(codec, np.concatenate(blobs))
 
 

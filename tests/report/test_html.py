@@ -173,9 +173,11 @@ def test_names_are_shown_and_never_run(make_summary: SummaryMaker) -> None:
         config={"x": f"</code>{ATTACK}"},
         versions={ATTACK: ATTACK},
     )
-    page = render_report([replace(summary, label=f"a{ATTACK}")], title=ATTACK, command=f"prism-ray '{ATTACK}'")
+    label = f"a{ATTACK}{{{{ 7 * 7 }}}}"
+    page = render_report([replace(summary, label=label)], title=ATTACK, command=f"prism-ray '{ATTACK}'")
     elements = Elements(page)
     assert ATTACK not in page
+    assert "{{ 7 * 7 }}" in page, "a name is no template"
     assert [tag for tag, _ in elements.tags].count("script") == 1  # the filter's
     assert not [attributes for _, attributes in elements.tags if any(name.startswith("on") for name in attributes)]
     assert ATTACK in {attributes.get("data-class") for tag, attributes in elements.tags if tag == "img"}
