@@ -58,7 +58,10 @@ ATTRIBUTES = (
 
 Check = tuple[Callable[[Any], bool], str]
 
-at_least_one: Check = (lambda v: v >= 1, "an integer of at least 1")
+at_least_one: Check = (lambda v: 1 <= v < 2**31, "an integer of at least 1, below 2**31")
+thread_count: Check = (lambda v: 1 <= v <= 1024, "an integer from 1 to 1024")
+image_side: Check = (lambda v: 1 <= v <= 8192, "an integer from 1 to 8192")
+lease: Check = (lambda v: 0.1 <= v <= 3600, "a number from 0.1 to 3600")
 not_negative: Check = (lambda v: math.isfinite(v) and v >= 0, "a finite number of at least 0")
 up_to_a_year: Check = (lambda v: 0 < v <= 3.2e7, "a number above 0, at most 3.2e7 (a year)")
 positive: Check = (lambda v: math.isfinite(v) and v > 0, "a finite number above 0")
@@ -113,7 +116,7 @@ class DatasetConfig:
     name: str = setting(doc="name in tables, paths and the data-set card", check=plain_name)
     source: Source = setting(doc="kind of source")
     path: str | None = setting(None, doc="folder or URL; null where the source is found by itself", output=False)
-    image_size: int = setting(doc="side of the square images, pixels", check=at_least_one)
+    image_size: int = setting(doc="side of the square images, pixels", check=image_side)
     channels: int = setting(3, doc="1 gray, 3 RGB", check=gray_or_rgb)
     pad: int = setting(0, doc="zero padding on every side before resizing, pixels", check=not_negative)
     test_fraction: float = setting(
@@ -186,7 +189,7 @@ class WorldConfig:
     caption_drop: float = setting(0.1, doc="share of captions left empty, for guidance without", check=below_one)
     ema_decay: float = setting(0.998, doc="of the averaged U-Net and text encoder", check=below_one)
     seed: int = setting(0, doc="of weights, order, attributes and noise")
-    threads: int = setting(2, doc="CPU threads of this training", check=at_least_one)
+    threads: int = setting(2, doc="CPU threads of this training", check=thread_count)
     checkpoint_every: int = setting(200, doc="steps between checkpoints", check=at_least_one, output=False)
 
 
@@ -202,7 +205,7 @@ class GeneratorConfig:
         doc="folder of an AutoencoderTiny; null: tiny_decoder/ in the generator's folder, if there",
         check=not_empty,
     )
-    image_size: int | None = setting(None, doc="side of its images, pixels; null: its own", check=at_least_one)
+    image_size: int | None = setting(None, doc="side of its images, pixels; null: its own", check=image_side)
     dtype: Dtype = setting(Dtype.fp32, doc="numbers of its networks; teachers always compute in single precision")
     attention: str = setting("auto", doc="attention back end", check=attention_name)
     channels_last: bool = setting(False, doc="memory format of its convolutions")
@@ -581,7 +584,7 @@ class ComputeConfig:
         check=not_negative,
         output=False,
     )
-    threads: int = setting(1, doc="CPU threads of every computation; part of the plan", check=at_least_one)
+    threads: int = setting(1, doc="CPU threads of every computation; part of the plan", check=thread_count)
     max_attempts: int = setting(3, doc="tries of a unit before it is quarantined", check=at_least_one, output=False)
     unit_timeout_s: float = setting(
         3600.0,
@@ -600,7 +603,7 @@ class ComputeConfig:
         0.01, doc="sustained TFLOP/s of one device, for the estimate of `plan`", check=positive, output=False
     )
     lease_s: float = setting(
-        30.0, doc="silence after which another driver's lock may be taken over", check=positive, output=False
+        30.0, doc="silence after which another driver's lock may be taken over, seconds", check=lease, output=False
     )
 
 

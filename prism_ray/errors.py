@@ -98,7 +98,7 @@ def printable(text: str) -> str:
     return text if text.isascii() and text.isprintable() else "".join(kept)
 
 
-def shortened(error: BaseException, limit: int = 200) -> str:
-    """The beginning of that line, where a library's messages fill pages."""
-    text = one_line(error)
+def shortened(error: BaseException | str, limit: int = 200) -> str:
+    """The beginning of that line, where a library's messages fill pages, or of any text."""
+    text = error if isinstance(error, str) else one_line(error)
     return text if len(text) <= limit else f"{text[:limit]}…"

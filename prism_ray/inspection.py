@@ -1,4 +1,4 @@
-"""Verbs that look and do not make: plan, status, verify, retry, report, doctor."""
+"""Verbs that look and do not make: plan, verify, retry, report, doctor."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_ray import __version__, summary
-from prism_ray.artifacts import artifact_facts, damaged_files, is_complete, local_folder
+from prism_ray.artifacts import artifact_facts, damaged_files, local_folder
 from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_steps
 from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
@@ -16,8 +16,8 @@ from prism_ray.data.sources import open_source
 from prism_ray.errors import InputError, PrismError, one_line, within
 from prism_ray.generation import TRAIN
 from prism_ray.identity import run_id
-from prism_ray.ledger import Ledger
-from prism_ray.lock import RunLock, newest_epoch
+from prism_ray.ledger import MANIFEST, Ledger
+from prism_ray.lock import RunLock
 from prism_ray.methods.label_layout import LabelLayout
 from prism_ray.options import Engine, LabelKind
 from prism_ray.plan import (
@@ -35,7 +35,7 @@ from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
 from prism_ray.runtime.session import cluster_address, local_resources
 from prism_ray.staging import found_here
 from prism_ray.storage import LocalStore, is_remote, open_store, read_json
-from prism_ray.work import RELABEL, SYNTHESIZE, lost_images, weights_sha256
+from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, weights_sha256
 
 
 def describe(config: Config) -> str:
@@ -189,7 +189,7 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
     return Estimate(synthesis, labels)
 
 
-# status, verify, retry, report
+# verify, retry, report
 
 
 def open_existing(config: Config) -> Run:
@@ -202,24 +202,6 @@ def open_existing(config: Config) -> Run:
     return run
 
 
-def status_text(config: Config) -> str:
-    """How far each stage is, and what was given up."""
-    run = open_existing(config)
-    stages = [SYNTHESIZE, RELABEL] if run.needs_labels() else [SYNTHESIZE]
-    teachers = sum(is_complete(folder) for folder in run.teacher_dirs.values())
-    students = run.students()
-    given_up = run.ledger.quarantined()
-    finished = "finished" if run.ledger.manifest() is not None else "in progress"
-    lines = [f"{describe(config)}: {finished}, epoch {newest_epoch(run.store)}, in {run.store.url}"]
-    lines.append(f"  teach       {teachers}/{len(run.teacher_dirs)} networks")
-    lines += [f"  {stage:10}  {len(run.done_units(stage))}/{len(run.units)} units" for stage in stages]
-    lines.append(f"  distill     {sum(item.is_done for item in students)}/{len(students)} networks")
-    lines.append(f"  quarantine  {len(given_up)} units")
-    lines += [f"    {e['stage']} {e['name']}: {e['reason']}" for e in given_up]
-    lines += [f"  no image    {e['image_id']}: {e['reason']}" for e in lost_images(run.ledger.receipts(SYNTHESIZE))]
-    return "\n".join(lines)
-
-
 def verify(config: Config) -> list[dict[str, str]]:
     """Compare everything a run published with its receipts, byte for byte, and write down what is wrong.
 
@@ -227,8 +209,11 @@ def verify(config: Config) -> list[dict[str, str]]:
         One entry per problem, see `Ledger.verify`; the run's teachers and data set are looked at too.
     """
     run = open_existing(config)
-    problems = run.ledger.verify()
-    run.ledger.record_damage([problem for problem in problems if problem["stage"]])
+    problems = run.ledger.verify() + _manifest_problems(run)
+    damaged = [problem for problem in problems if problem["stage"]]
+    run.ledger.record_damage(damaged)
+    if damaged:
+        run.ledger.event("damaged", keys=[problem["key"] for problem in damaged])
     assert run.dataset is not None
     for name in run.dataset.verify():
         problems.append(
@@ -238,6 +223,18 @@ def verify(config: Config) -> list[dict[str, str]]:
     for unit_id, images in _duplicate_images(run.ledger).items():
         problems.append({"key": unit_id, "problem": f"holds image ids of another shard: {images}"})
     return problems
+
+
+def _manifest_problems(run: Run) -> list[dict[str, str]]:
+    """Stages of which the manifest lists other objects than there are receipts of."""
+    manifest = run.ledger.manifest()
+    stages = (SYNTHESIZE, RELABEL, DISTILL) if manifest is not None else ()
+    problem = "lists other objects than there are receipts of"
+    return [
+        {"key": MANIFEST, "stage": "manifest", "name": stage, "problem": f"{stage}: {problem}"}
+        for stage in stages
+        if (manifest or {}).get(stage) != run.listed(stage)
+    ]
 
 
 def _teacher_problems(run: Run) -> list[dict[str, str]]:

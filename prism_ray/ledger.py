@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,26 @@ FOLDERS = {"synthesize": "images", "relabel": "labels", "distill": "student"}
 """Where the objects of each stage lie."""
 UNFINISHED = "unfinished"
 """Folder of what long units keep on the way, see `stages.unfinished`; nothing in it when a run is complete."""
+EVENTS = {
+    "begun": "the first command began to work on the run",
+    "taken_over": "a command went on for one that was gone without releasing the run",
+    "job": "the command is a job submitted to a Ray cluster",
+    "stage": "a stage began to do what is left of it",
+    "stage_ended": "that stage has ended",
+    "adopted": "a unit was taken over from a run that made the same one",
+    "not_adopted": "a unit could not be taken over, and is made here",
+    "kept_first": "a unit came out differently in another environment; the published one stays",
+    "quarantined": "a unit was given up",
+    "retried": "units that were given up may be tried again",
+    "damaged": "verify found objects that differ from their receipts",
+    "set_aside": "a damaged object was put aside, to be made again",
+    "repaired": "objects that were put aside are whole again",
+    "drained": "the command was asked to stop, and did",
+    "interrupted": "the command was interrupted",
+    "failed": "the command ended with an error",
+    "finished": "everything is there, and the manifest is written",
+}
+"""Kinds of lines in events.jsonl. Each also has the time (UTC)."""
 
 
 class NondeterministicUnit(PrismError):
@@ -209,6 +230,8 @@ class Ledger:
         for entry in entries:
             self.clear_attempts(entry["stage"], entry["name"])
             self.store.remove(f"quarantine/units/{entry['stage']}/{entry['name']}.json")
+        if entries:
+            self.event("retried", units=[f"{entry['stage']} {entry['name']}" for entry in entries])
         return len(entries)
 
     # Verification and repair
@@ -292,8 +315,9 @@ class Ledger:
         self.store.put(MANIFEST, to_json(content))
 
     def event(self, kind: str, **content: Any) -> None:
-        """Append one line to events.jsonl, in an object store one object below events/; a note for people."""
-        self.store.append("events.jsonl", json.dumps({"event": kind, **content}, sort_keys=True))
+        """Append one line to events.jsonl (an object store: one object below events/), see `EVENTS`; for people."""
+        line = {"event": kind, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **content}
+        self.store.append("events.jsonl", json.dumps(line, sort_keys=True))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ again, continues.
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from prism_ray import summary
 from prism_ray.artifacts import artifact_facts
@@ -19,7 +19,7 @@ from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
 from prism_ray.data.shifted import class_ids_in, prepare_shifted
-from prism_ray.errors import ExitCode, InputError, PrismError, printable
+from prism_ray.errors import Drained, ExitCode, InputError, PrismError, one_line, printable
 from prism_ray.generation import calibration_item, generator_of, phrases_item, prompts_item
 from prism_ray.ledger import MANIFEST, Outcome
 from prism_ray.options import Executor
@@ -91,6 +91,7 @@ def run(
     wanted = configs[0].stages or list(STAGES)
     with ExitStack() as stack:
         runs = [open_run(row, stack) for row in rows]
+        stack.enter_context(noted_end(runs))
         if (job := submission_id()) is not None:
             for each in runs:
                 each.ledger.event("job", submission_id=job, epoch=each.epoch)
@@ -126,6 +127,20 @@ def run(
     return ExitCode.quarantined if quarantined else ExitCode.done
 
 
+@contextmanager
+def noted_end(runs: Sequence[Run]) -> Iterator[None]:
+    """Note in every run's events how its command ended, unless it ended well."""
+    try:
+        yield
+    except (PrismError, KeyboardInterrupt) as error:
+        kind = "drained" if isinstance(error, Drained) else "failed"
+        kind = "interrupted" if isinstance(error, KeyboardInterrupt) else kind
+        with suppress(OSError, PrismError):  # a full disk must not hide why the command ended
+            for each in runs:
+                each.ledger.event(kind, epoch=each.epoch, reason=one_line(error))
+        raise
+
+
 def make_runtime(config: Config) -> InlineRuntime | RayRuntime:
     """The executor by name; neither imports torch or Ray before there is work."""
     if config.compute.executor is Executor.inline:
@@ -156,7 +171,8 @@ def prepare(command: Command) -> None:
         each.pin("data set", each.dataset.content_hash)
         check_statistics(each.config, each.units)  # refused, like a plan that can't be made, before teachers train
         check_starts(each.spec())
-        for key in each.ledger.set_damaged_aside():
+        each.set_aside = each.ledger.set_damaged_aside()
+        for key in each.set_aside:
             command.progress.message(f"{each.name}: {key} was damaged and is made again")
         command.progress.update(n)
 
@@ -301,9 +317,10 @@ def make_chains(command: Command, runs: Mapping[int, Run], stage: str, chains: S
     command.progress.update(done, quarantined=quarantined)
     if not chains:
         return
-    for each in {chain[0].run: runs[chain[0].run] for chain in chains}.values():
+    chosen = list({chain[0].run: runs[chain[0].run] for chain in chains}.values())
+    for each in chosen:
         each.store.remove(MANIFEST)  # the run is in progress again
-        each.ledger.event("stage", stage=stage, epoch=each.epoch)
+    note(chosen, "stage", stage=stage)
     start(command)
     specs = [each.spec() for each in command.runs]
     ordered = longest_first(runs, chains)
@@ -319,6 +336,13 @@ def make_chains(command: Command, runs: Mapping[int, Run], stage: str, chains: S
             quarantined += outcome.status == "quarantined"
             images += len(each.units[ref.unit].images) if outcome.status == "done" else 0
             command.progress.update(done, images=images, quarantined=quarantined)
+    note(chosen, "stage_ended", stage=stage)
+
+
+def note(runs: Sequence[Run], kind: str, **content: Any) -> None:
+    """One line in the events of several runs."""
+    for each in runs:
+        each.ledger.event(kind, epoch=each.epoch, **content)
 
 
 def longest_first(runs: Mapping[int, Run], chains: Sequence[Chain]) -> list[Chain]:
@@ -389,6 +413,7 @@ def do_items(command: Command, stage: str, items: Sequence[Item], unit: str) -> 
     command.progress.stage(stage, len(items), unit, done=before)
     if not todo:
         return
+    note(command.runs, "stage", stage=stage)
     start(command)
 
     def look() -> None:
@@ -401,6 +426,7 @@ def do_items(command: Command, stage: str, items: Sequence[Item], unit: str) -> 
     if left:
         raise PrismError(f"{stage}: {', '.join(left)} did not finish; run the same command to continue")
     command.progress.update(len(items))
+    note(command.runs, "stage_ended", stage=stage)
 
 
 @contextmanager

@@ -88,6 +88,8 @@ class Run:
     prompts_dir: str | None = None
     calibration_dir: str | None = None
     shifted_dirs: dict[str, str] = field(default_factory=dict)
+    set_aside: list[str] = field(default_factory=list)
+    """Damaged objects that this command put aside."""
 
     @property
     def name(self) -> str:
@@ -199,6 +201,11 @@ class Run:
         """The same, those with soft labels first."""
         return sorted(self.students(), key=lambda item: item.labels is not LabelKind.soft)
 
+    def listed(self, stage: str) -> list[dict[str, Any]]:
+        """What the manifest says of a stage's objects."""
+        receipts = [receipt for _, receipt in sorted(self.ledger.receipts(stage).items())]
+        return [{key: getattr(receipt, key) for key in LISTED} for receipt in receipts]
+
     def write_manifest(self) -> None:
         """The commit of the run: everything it holds, once nothing of it is left to do.
 
@@ -210,14 +217,17 @@ class Run:
             return
         content = {"version": 1, "run_id": self.name, "quarantined": self.ledger.quarantined()}
         for stage in (SYNTHESIZE, RELABEL, DISTILL):
-            receipts = [receipt for _, receipt in sorted(self.ledger.receipts(stage).items())]
-            content[stage] = [{key: getattr(receipt, key) for key in LISTED} for receipt in receipts]
+            content[stage] = self.listed(stage)
         lost = lost_images(self.ledger.receipts(SYNTHESIZE))
         if lost:
             content[LOST] = lost
         if self.ledger.manifest() != content:
             self.store.remove(UNFINISHED)  # of units whose process was killed between their receipt and this
             self.ledger.write_manifest(content)
+            repaired = [key for key in self.set_aside if self.store.size(key) is not None]
+            if repaired:
+                self.ledger.event("repaired", keys=repaired)
+            self.ledger.event("finished", quarantined=len(content["quarantined"]))
 
     # Teachers and pins
 
@@ -336,9 +346,14 @@ def open_run(row: Row, locks: ExitStack) -> Run:
     _check_same(run)  # again: another driver may have begun it while we waited for the lock
     for leftover in (TEMPORARY, TROUBLES):
         run.store.remove(leftover)  # of drivers that are gone; ours is the only one now
+    is_new = run.store.size("config.yaml") is None
     content = {"config_hash": config_hash(config), "settings": plain(config)}
     run.store.put("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     run.store.put("environment.json", to_json(environment()))
+    if is_new:
+        run.ledger.event("begun", epoch=run.epoch, config_hash=content["config_hash"])
+    if lock.replaced is not None:
+        run.ledger.event("taken_over", epoch=run.epoch, replaced=lock.replaced)
     return run
 
 

@@ -286,8 +286,13 @@ def open_store(url: str) -> Store:
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        return LocalStore(Path(url).expanduser())
+        try:
+            return LocalStore(Path(url).expanduser())
+        except RuntimeError as error:
+            raise InputError(f"storage={url!r}: has no home folder; write the path without ~") from error
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise InputError(f"storage={url!r}: no absolute path; expected file:///FOLDER")
         return LocalStore(rest)
     if not rest.strip("/"):
         raise InputError(f"storage={url!r}: names no bucket; expected {scheme}://BUCKET/FOLDER")

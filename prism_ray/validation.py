@@ -59,6 +59,9 @@ def check_config(config: Config) -> None:
 def _check_value(key: str, value: Any, check: Check | None) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key}={value}: not a finite number; give one")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and abs(number) >= 2**63:
+            raise InputError(f"{key}={str(number)[:20]}…: not allowed; expected an integer of at most 64 bits")
     if check is None or value is None:
         return
     accepts, expected = check
@@ -87,6 +90,8 @@ def _check_stages(config: Config) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise InputError(f"stages: {stage!r} is unknown; known: {', '.join(STAGES)}")
+        if config.stages.count(stage) > 1:
+            raise InputError(f"stages: {stage!r} is given twice; expected each stage once; leave one out")
 
 
 def _check_teachers(config: Config) -> None:

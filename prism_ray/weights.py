@@ -5,10 +5,12 @@ import functools
 import importlib.util
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prism_ray.documents import parse_json
-from prism_ray.errors import InputError
+from prism_ray.errors import InputError, one_line
 from prism_ray.storage import sha256_of_file
 
 OWN_ARCHITECTURES = ("prism_vgg", "prism_convnet", "prism_resnet")
@@ -37,6 +39,9 @@ LITE_SHA256 = {
 
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MOST_LOOKED_AT_BYTES = 2**30
+_EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+"""How each kind of number is stored, and the bits of its exponent."""
 
 
 def timm_folder() -> Path:
@@ -136,6 +141,86 @@ def find_weights(folder: Path) -> Path:
     if not candidates:
         raise InputError(f"{folder}: holds no weights; expected model.safetensors beside config.json; copy it there")
     return candidates[0]
+
+
+def read_model_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, its arguments and the rest of a folder's config.json.
+
+    Raises:
+        InputError: the file is no JSON, lacks the architecture, or names one that does not exist.
+    """
+    path = folder / "config.json"
+    try:
+        config = parse_json(path.read_bytes())
+        architecture, model_args = str(config["architecture"]), dict(config.get("model_args") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: is no model configuration ({one_line(error)}); expected JSON with 'architecture'; "
+            "save the model again"
+        ) from error
+    check_architecture(architecture, key=str(path))
+    return architecture, model_args, config
+
+
+def check_described(folder: Path, class_names: Sequence[str], *, key: str) -> None:
+    """Refuse a folder whose config.json says that it is for other images; what it does not say is found by loading it.
+
+    Raises:
+        InputError: another number of classes, other names or another order of them, or a mean that is no pixel's.
+    """
+    _, _, config = read_model_config(folder)
+    described = config.get("pretrained_cfg")
+    described = described if isinstance(described, dict) else {}
+    num_classes = config.get("num_classes", described.get("num_classes"))
+    if num_classes is not None and num_classes != len(class_names):
+        raise InputError(
+            f"{key}: {folder} tells {num_classes!r} classes apart, the data set has {len(class_names)}; choose a "
+            "teacher of this data set"
+        )
+    input_size = described.get("input_size")
+    channels = input_size[0] if isinstance(input_size, list) and input_size else None
+    for name in ("mean", "std"):
+        values = described.get(name)
+        if (
+            channels is not None
+            and values is not None
+            and (type(values) is not list or len(values) not in (1, channels))
+        ):
+            raise InputError(
+                f"{key}: {folder} has {name}={values} for images of {channels} channels; expected a number for each; "
+                "correct its config.json"
+            )
+    names = described.get("label_names")
+    if isinstance(names, list) and len(names) == len(class_names) and names != list(class_names):
+        at = next(n for n, name in enumerate(class_names) if names[n] != name)
+        raise InputError(
+            f"{key}: class {at} is {names[at]!r} for {folder} and {class_names[at]!r} in the data set; bring the "
+            "classes into the same order"
+        )
+
+
+def check_finite(path: Path) -> None:
+    """Refuse weights that are not numbers, of a safetensors file up to 1 GiB; a network of them knows nothing.
+
+    Raises:
+        InputError: names the first such tensor.
+    """
+    import numpy as np
+
+    if path.suffix != ".safetensors" or path.stat().st_size > MOST_LOOKED_AT_BYTES:
+        return
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, entry in parse_json(data[8:start]).items():
+        # All bits of the exponent are set in infinity and in what is no number; numpy has no bfloat16 to ask.
+        kind, exponent = _EXPONENTS.get(entry.get("dtype"), (None, 0))
+        if kind is not None:
+            first, end = entry["data_offsets"]
+            bits = np.frombuffer(data[start + first : start + end], dtype=kind)
+            if ((bits & exponent) == exponent).any():
+                raise InputError(
+                    f"{path}: {name} holds values that are no finite numbers; train or save the model again"
+                )
 
 
 def check_weights_file(path: Path, *, allow_pickle: bool) -> None:

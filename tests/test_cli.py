@@ -132,7 +132,7 @@ def test_a_run_tells_no_host_no_user_and_no_path_in_what_is_shared(run_dir: Path
 def test_status_counts_what_is_there(prism: Command, storage: Path) -> None:
     looked = prism("status")
     assert looked.code == 0
-    for line in ("finished", "synthesize  4/4 units", "relabel     4/4 units", "distill     2/2", "quarantine  0"):
+    for line in (": done, in", "synthesize  4/4 units", "relabel     4/4 units", "distill     2/2", "quarantine  0"):
         assert line in looked.out
 
 

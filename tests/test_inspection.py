@@ -142,7 +142,7 @@ def test_a_damaged_data_set_is_found(prism: Command, storage: Path) -> None:
 def test_a_damaged_record_is_one_line_with_its_path(prism: Command, run_dir: Path, name: str, verb: str) -> None:
     (run_dir / name).write_bytes(b"{ not: [json")
     looked = prism(verb)
-    if (name, verb) in (("pins.json", "status"), ("manifest.json", "verify")):
+    if (name, verb) == ("pins.json", "status"):
         assert looked.code == 0, "not looked at"
         return
     assert looked.code in (1, 2)
@@ -261,7 +261,7 @@ def test_status_of_a_run_that_was_stopped_says_how_far_it_is(prism: Command, run
     (run_dir / "receipts/relabel/train-00003-of-00004.json").unlink()
     looked = prism("status")
     assert looked.code == 0
-    for line in ("in progress", "teach       2/2", "synthesize  4/4", "relabel     3/4", "distill     1/2"):
+    for line in (": partial, in", "teach       2/2", "synthesize  4/4", "relabel     3/4", "distill     1/2"):
         assert line in looked.out, looked.out
 
 

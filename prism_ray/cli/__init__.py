@@ -104,10 +104,16 @@ def _plan(overrides: list[str]) -> ExitCode:
 
 
 def _status(overrides: list[str]) -> ExitCode:
-    config = compose(overrides)
-    from prism_ray import inspection
+    if any(override.startswith("suite=") for override in overrides):
+        suite, rows = compose_suite(overrides)
+        from prism_ray import status
 
-    print(printable(inspection.status_text(config)))
+        print(printable(status.suite_status_text(f"suite {suite.name}", rows, overrides)))
+        return ExitCode.done
+    config = compose(overrides)
+    from prism_ray import status
+
+    print(printable(status.status_text(config, overrides)))
     return ExitCode.done
 
 
@@ -179,7 +185,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
     "run": (_run, "make a data set and all that belongs to it: run recipe=digits method=prism"),
     "bench": (_bench, "several methods under one protocol, one report: bench suite=digits"),
     "plan": (_plan, "units, images, bytes and operations of a run; starts nothing"),
-    "status": (_status, "how far a run is"),
+    "status": (_status, "how far a run or a suite is, who works on it, and what to do next: status recipe=digits"),
     "verify": (_verify, "compare every object with its checksum (repair=true: make damaged ones again)"),
     "retry": (_retry, "try quarantined units again"),
     "report": (_report, "write a run's report again"),

@@ -2,6 +2,7 @@
 
 import re
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 from prism_ray.cli.files import CONF, GROUPS, first_lines, group_file, group_names, read_yaml
 from prism_ray.cli.keys import expected, is_text, kind_of
 from prism_ray.config import Config, Row
-from prism_ray.errors import InputError
+from prism_ray.errors import InputError, shortened
 from prism_ray.identity import run_id
 from prism_ray.validation import check_config
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+MOST_CHARACTERS = 20_000
+"""Of one override; what is longer belongs into a recipe file."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 REFERENCES = ("random_real", "full_data", "baseline")
+SHARED = ("recipe", "run_id", "suite", "storage", "stages", "compute", "export", "repair")
+"""Settings that the runs of a suite have in common."""
 
 
 def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
@@ -97,6 +102,7 @@ def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
     if any(o.split("=")[0] in ("recipe", "run_id") for o in others):
         raise InputError("bench: recipe and run_id are the suite's to choose; leave them out")
     suite = load_suite(names[0])
+    _refuse_shared(suite)
     columns: list[tuple[str | None, Column]] = [*suite.columns.items()] or [(None, Column([]))]
     planned = [
         (label, [*row, *column.settings, *others], name)
@@ -106,7 +112,9 @@ def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
     ]
     if suite.seeds:
         _refuse_seeds(suite, [override for _, settings, _ in planned for override in settings])
-    rows = [Row(label, compose([f"recipe={suite.recipe}", *settings]), name) for label, settings, name in planned]
+    rows = [
+        Row(label, _composed_cell(suite, label, settings, others=others), column) for label, settings, column in planned
+    ]
     if suite.seeds:
         rows = [replace(row, config=_with_seed(row.config, seed)) for seed in suite.seeds for row in rows]
     known: dict[str, Row] = {}
@@ -116,6 +124,28 @@ def compose_suite(overrides: Sequence[str]) -> tuple[Suite, list[Row]]:
             cells = " and ".join("/".join(filter(None, (r.label, r.column))) for r in (twin, row))
             raise InputError(f"suite={suite.name}: {cells} have the same settings; change one, or leave it out")
     return suite, rows
+
+
+def _composed_cell(suite: Suite, label: str, settings: Sequence[str], *, others: Sequence[str]) -> Config:
+    """The settings of one row, in one of its columns; what is wrong with them is said with the row's name."""
+    try:
+        return compose([f"recipe={suite.recipe}", *settings])
+    except InputError as error:
+        if any(str(error).lstrip("'\"").startswith(override.partition("=")[0]) for override in others):
+            raise  # the command's own
+        raise InputError(f"suite={suite.name}: row {label!r}: {error}") from error
+
+
+def _refuse_shared(suite: Suite) -> None:
+    """Refuse settings of rows and columns that all runs of a command share, where only one row's would count."""
+    parts = [*suite.rows.values(), *(column.settings for column in suite.columns.values())]
+    for override in (override for settings in parts for override in settings):
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in SHARED and key != "compute.threads":
+            raise InputError(
+                f"suite={suite.name}: {override}: is the same for all rows; leave it out, and give it with the command "
+                "if it belongs there"
+            )
 
 
 def _refuse_seeds(suite: Suite, settings: Sequence[str]) -> None:
@@ -140,6 +170,7 @@ def load_suite(name: str) -> Suite:
     missing, unknown = {"recipe", "rows"} - set(content), set(content) - set(SUITE_KEYS)
     tables = [content.get(key, {}) for key in ("rows", "columns", "references")]
     well_formed = all(isinstance(table, dict) for table in tables) and all(map(_is_list, tables[0].values()))
+    well_formed = well_formed and isinstance(content.get("recipe"), str)
     if missing or unknown or not content["rows"] or not well_formed:
         raise InputError(
             f"suite={name}: must hold 'recipe' and 'rows' (row name to a list of overrides), and may hold 'columns' "
@@ -147,6 +178,9 @@ def load_suite(name: str) -> Suite:
             "which) and 'seeds' (a list)"
         )
     rows = {str(label): [str(override) for override in row] for label, row in tables[0].items()}
+    for label in rows:
+        if not label.strip() or not label.isprintable():
+            raise InputError(f"suite={name}: row {label!r}: is no name; expected printable text; rename it")
     columns = {str(key): _column(name, str(key), column, rows) for key, column in tables[1].items()}
     for label in rows:
         if columns and not any(column.rows is None or label in column.rows for column in columns.values()):
@@ -191,6 +225,13 @@ def _is_list(value: Any) -> bool:
 def _checked_override(override: str) -> str:
     """Refuse what would be misread or accepted in silence, with the nearest key that exists."""
     key, separator, value = override.partition("=")
+    if any(unicodedata.category(c) == "Cc" for c in override):
+        raise InputError(f"{override!r}: holds a control character; expected one line of plain text; leave it out")
+    if len(override) > MOST_CHARACTERS:
+        raise InputError(
+            f"{shortened(override, 40)!r}: has {len(override)} characters; expected at most {MOST_CHARACTERS}; write "
+            "it into a recipe file"
+        )
     if key.startswith(("+", "~")):
         raise InputError(f"{override!r}: settings can't be added or deleted; write key=value with a known key")
     if not separator or not NAME.fullmatch(key) or value.startswith("="):
@@ -214,10 +255,11 @@ def _check_syntax(override: str) -> None:
 
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
+    except (HydraException, ValueError, RecursionError) as error:
+        reason = shortened(error)
         raise InputError(
-            f"{override!r}: not readable ({reason}); expected key=value, with lists as [a,b] and mappings as {{a:1}}"
+            f"{shortened(override)!r}: not readable ({reason}); expected key=value, with lists as [a,b] and mappings "
+            "as {a:1}"
         ) from error
     if parsed.is_sweep_override():
         raise InputError(f"{override!r}: one value only; write a list as [a,b], and compare settings with a suite")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.core import url_to_fs
 
-from prism_ray.errors import InputError, one_line, printable
+from prism_ray.errors import InputError, PrismError, one_line, printable, shortened
 
 
 class Entry(NamedTuple):
@@ -18,6 +18,7 @@ class Entry(NamedTuple):
     is_dir: bool
     size_bytes: int
     tag: str  # entity tag of an object store, empty elsewhere
+    is_file: bool = True  # neither a folder, nor a broken link, a pipe or a device
 
 
 def open_location(path: str | None, *, source: str) -> tuple[Any, str]:
@@ -35,6 +36,8 @@ def open_location(path: str | None, *, source: str) -> tuple[Any, str]:
             f"dataset.path={path!r}: this URL scheme needs a package that is not installed ({one_line(error)}); "
             "install it, or copy the data to a local folder"
         ) from error
+    except OSError as error:  # of an archive that the rest of the address lies in
+        raise InputError(f"dataset.path={path!r}: cannot be opened ({one_line(error)}); check dataset.path") from error
     except ValueError as error:
         known = ", ".join(sorted(fsspec.available_protocols()))
         raise InputError(
@@ -59,6 +62,8 @@ def list_folder(fs: Any, folder: str, *, shown: str) -> list[Entry]:
         raise InputError(f"dataset.path: {shown!r} is a file; expected a folder; check dataset.path") from error
     except PermissionError as error:
         raise InputError(f"dataset.path: folder {shown!r} may not be read; change its permissions") from error
+    except Exception as error:  # a client of a network, of a store or of an archive raises its own
+        raise _unreadable("folder", shown, error) from error
     entries = [_entry(fs, info) for info in infos]
     for entry in entries:
         if not entry.name.isascii() and entry.name != entry.name.encode(errors="replace").decode():
@@ -82,19 +87,26 @@ def file_entry(fs: Any, path: str, *, shown: str) -> Entry:
         return _entry(fs, fs.info(path))
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"dataset.path: file {shown!r} is missing or may not be read; check dataset.path") from error
+    except Exception as error:  # as above
+        raise _unreadable("file", shown, error) from error
 
 
 def read_file(fs: Any, path: str, *, shown: str) -> bytes:
     """The bytes of a file.
 
     Raises:
-        InputError: it vanished or may not be read. What a network does is passed on as it is.
+        InputError: it vanished or may not be read.
+        PrismError: the network or the store failed, which may have passed when the command is run again.
     """
     try:
         return fs.cat_file(path)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise InputError(
             f"dataset.path: file {shown!r} is missing or may not be read; restore it or its permissions"
+        ) from error
+    except Exception as error:  # as above
+        raise PrismError(
+            f"dataset.path: file {shown!r} cannot be read now ({_reason(error)}); run the same command again"
         ) from error
 
 
@@ -111,4 +123,17 @@ def _entry(fs: Any, info: dict[str, Any]) -> Entry:
     tag = next((str(info[key]) for key in ("ETag", "etag", "md5Hash") if info.get(key)), "")
     # fsspec calls a local symbolic link "other", whatever it points to.
     is_dir = info["type"] == "directory" or (info["type"] == "other" and fs.isdir(path))
-    return Entry(path.rsplit("/", 1)[-1], path, is_dir, int(info.get("size") or 0), tag)
+    is_file = info["type"] == "file" or (info["type"] == "other" and fs.isfile(path))
+    return Entry(path.rsplit("/", 1)[-1], path, is_dir, int(info.get("size") or 0), tag, is_file)
+
+
+def _unreadable(kind: str, shown: str, error: Exception) -> InputError:
+    return InputError(
+        f"dataset.path: {kind} {shown!r} cannot be read ({_reason(error)}); check dataset.path, the network and the "
+        "store's credentials"
+    )
+
+
+def _reason(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return strerror if isinstance(strerror, str) else f"{type(error).__name__}: {shortened(error)}"

@@ -122,8 +122,11 @@ class ImageFolder:
         shown = self._shown(folder, class_name)
         files = list_folder(self._fs, f"{folder}/{class_name}", shown=shown)
         for file in files:
-            if file.is_dir or not file.name.lower().endswith(SUFFIXES):
-                kind = "a folder" if file.is_dir else "no image file"
+            is_image = file.name.lower().endswith(SUFFIXES)
+            if not file.is_file or not is_image:
+                kind = (
+                    "a folder" if file.is_dir else "a broken link, a pipe or a device" if is_image else "no image file"
+                )
                 raise InputError(
                     f"dataset.path={self._path!r}: {shown}/{file.name} is {kind}; expected only {', '.join(SUFFIXES)} "
                     "files in a class folder; remove or convert it"

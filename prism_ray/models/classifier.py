@@ -21,7 +21,13 @@ from torch.nn import functional
 from prism_ray.documents import parse_json
 from prism_ray.errors import InputError, one_line, shortened
 from prism_ray.models import families
-from prism_ray.weights import OWN_ARCHITECTURES, check_architecture, check_weights_file, find_weights
+from prism_ray.weights import (
+    OWN_ARCHITECTURES,
+    check_architecture,
+    check_weights_file,
+    find_weights,
+    read_model_config,
+)
 
 assert set(OWN_ARCHITECTURES) == set(families.NAMES)
 
@@ -267,7 +273,7 @@ def load_classifier(folder: Path, *, allow_pickle: bool = False) -> Classifier:
     """
     weights_path = find_weights(folder)
     check_weights_file(weights_path, allow_pickle=allow_pickle)
-    architecture, model_args = _read_architecture(folder / "config.json")
+    architecture, model_args, _ = read_model_config(folder)
     _check_described_size(folder, weights_path)
     try:
         network = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -277,19 +283,6 @@ def load_classifier(folder: Path, *, allow_pickle: bool = False) -> Classifier:
             "save the model again"
         ) from error
     return _from_timm(network, source=str(folder), architecture=architecture, model_args=model_args)
-
-
-def _read_architecture(config_path: Path) -> tuple[str, dict[str, Any]]:
-    try:
-        config = parse_json(config_path.read_bytes())
-        architecture, model_args = config["architecture"], dict(config.get("model_args") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{config_path}: is no model configuration ({one_line(error)}); expected JSON with 'architecture'; "
-            "save the model again"
-        ) from error
-    check_architecture(str(architecture), key=str(config_path))
-    return architecture, model_args
 
 
 def _check_described_size(folder: Path, weights_path: Path) -> None:

@@ -12,11 +12,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_ray.config import TeacherConfig
-from prism_ray.documents import parse_json
 from prism_ray.errors import InputError, one_line, shortened
 from prism_ray.models import families
 from prism_ray.models.memory import kept_bytes, weight_bytes
-from prism_ray.weights import LITE, OWN_ARCHITECTURES, check_architecture, find_weights, is_folder, lite_architecture
+from prism_ray.weights import (
+    LITE,
+    OWN_ARCHITECTURES,
+    check_architecture,
+    find_weights,
+    is_folder,
+    lite_architecture,
+    read_model_config,
+)
 
 T = TypeVar("T")
 
@@ -126,11 +133,11 @@ def describe_teacher(teacher: TeacherConfig, *, image_size: int, channels: int, 
 
 def _describe_folder(folder: Path, *, num_classes: int) -> Architecture:
     find_weights(folder)
+    arch, model_args, config = read_model_config(folder)
     try:
-        config = parse_json((folder / "config.json").read_bytes())
         in_chans, side, _ = config["pretrained_cfg"]["input_size"]
-        return Architecture(config["architecture"], config.get("model_args") or {}, side, in_chans, num_classes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: its config.json can't be read ({one_line(error)}); save the model again"
         ) from error
+    return Architecture(arch, model_args, side, in_chans, num_classes)

@@ -257,7 +257,7 @@ def from_jsonl(data: bytes) -> list[PromptRow]:
     """The table from its file.
 
     Raises:
-        InputError: a line is no row, or has the place of another; names it.
+        InputError: a line is no row, or has the place of another; names it. Or there is no line.
     """
     rows: dict[tuple[int, int], PromptRow] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -273,4 +273,6 @@ def from_jsonl(data: bytes) -> list[PromptRow]:
                 f"prompt table, line {number}: is no prompt ({shortened(error, 80)}); expected an object with "
                 f"{expected}; delete its folder and run again"
             ) from error
+    if not rows:
+        raise InputError("prompt table: is empty; expected a line for each prompt; delete its folder and run again")
     return list(rows.values())

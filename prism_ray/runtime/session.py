@@ -1,22 +1,33 @@
 """A Ray session for one command: started when there is work, shut down at its end, refused if the work can't fit."""
 
+import importlib
+import json
 import logging
 import os
+import platform
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from prism_ray.config import ComputeConfig
-from prism_ray.errors import InputError
+from prism_ray.errors import InputError, PrismError, shortened
 from prism_ray.runtime.placement import Node, check_one_kind, check_room, pools_of, train_need
 from prism_ray.signals import end_children
 
 CONNECT_TIMEOUT_S = 3.0
+LOOK_TIMEOUT_S = 10.0
+METADATA = (b"CLUSTER_METADATA", b"cluster")
+"""Key and namespace under which a cluster keeps its versions."""
 
 
 def local_resources(compute: ComputeConfig) -> tuple[float, float]:
@@ -57,8 +68,8 @@ def preflight(compute: ComputeConfig) -> None:
     address = cluster_address(compute)
     if address is None:
         check_fits(compute, [local_node(compute)], where="this machine")
-    elif address != "auto":
-        _check_reachable(address)
+    else:
+        _check_reachable(address, key="compute.address" if compute.address else "RAY_ADDRESS")
 
 
 def check_fits(compute: ComputeConfig, nodes: Sequence[Node], *, where: str) -> None:
@@ -101,20 +112,81 @@ def _check_gpu_shares(compute: ComputeConfig) -> None:
             )
 
 
-def _check_reachable(address: str) -> None:
-    hostport = address.removeprefix("ray://").removeprefix("http://").removeprefix("https://").rstrip("/")
-    host, separator, port = hostport.rpartition(":")
-    if not separator or not port.isdigit():
+def _check_reachable(address: str, *, key: str) -> None:
+    """Refuse what is no address of a cluster, or one at which nobody answers. `key` is where it was given."""
+    shown = f"{key}={address!r}"
+    if address == "auto":
+        if not _runs_here():
+            raise InputError(f"{shown}: no Ray cluster runs on this machine; start it, give HOST:PORT, or unset it")
+        return
+    if address.startswith(("http://", "https://")):
         raise InputError(
-            f"compute.address={address!r}: not an address; expected HOST:PORT, 'auto' or nothing for a local cluster"
+            f"{shown}: is a web address, such as that of a dashboard; expected HOST:PORT of the cluster itself; submit "
+            "a job to a dashboard with `ray job submit`"
         )
+    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise InputError(f"{shown}: not an address; expected HOST:PORT, 'auto' or nothing for a local cluster")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for names that no host can have
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"compute.address={address!r}: no Ray cluster answers there ({error.strerror or error}); start it, correct "
-            "compute.address or RAY_ADDRESS, or unset both for a local cluster"
+            f"{shown}: no Ray cluster answers there ({reason}); start it, correct compute.address or RAY_ADDRESS, or "
+            "unset both for a local cluster"
         ) from error
+    if not address.startswith("ray://"):  # where Ray's proxy for clients answers, and not the cluster itself
+        _look_at(address, shown=shown)
+
+
+def _look_at(address: str, *, shown: str) -> None:
+    """Ask a cluster for its versions, with the token of this environment. Imports ray and starts nothing."""
+    try:
+        client = importlib.import_module("ray._raylet").GcsClient
+    except (ImportError, AttributeError):
+        return  # a Ray that keeps this client elsewhere; joining finds out
+    answer: Future[bytes | None] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(client(address=address).internal_kv_get(*METADATA, timeout=CONNECT_TIMEOUT_S))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # In a thread of its own: the client waits long for what listens and is no cluster.
+    threading.Thread(target=ask, name="look at the cluster", daemon=True).start()
+    try:
+        with _silenced_stderr():
+            found = answer.result(timeout=LOOK_TIMEOUT_S)
+    except Exception as error:
+        if type(error).__name__ == "AuthenticationError":
+            raise InputError(
+                f"{shown}: the cluster refuses the token of this environment; set RAY_AUTH_MODE=token and its "
+                "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
+            ) from error
+        raise InputError(
+            f"{shown}: something answers there, but not as a Ray cluster ({shortened(error)}); check the port, which "
+            "is 6379 unless it was chosen"
+        ) from error
+    theirs = json.loads(found) if found else {}
+    ours = {"ray_version": version("ray"), "python_version": platform.python_version()}
+    if os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL") == "minor" and "python_version" in theirs:
+        theirs["python_version"], ours["python_version"] = (
+            known["python_version"].rpartition(".")[0] for known in (theirs, ours)
+        )
+    differing = [
+        f"{key.partition('_')[0]} {theirs[key]} there, {ours[key]} here"
+        for key in ours
+        if theirs.get(key, ours[key]) != ours[key]
+    ]
+    if differing:
+        raise InputError(f"{shown}: other versions than here ({'; '.join(differing)}); install the same on both sides")
+
+
+def _runs_here() -> bool:
+    """Whether a node of a Ray cluster is on this machine."""
+    return any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
 
 
 def start(compute: ComputeConfig) -> None:
@@ -155,7 +227,10 @@ def start(compute: ComputeConfig) -> None:
             ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         if local:
-            raise
+            raise PrismError(
+                f"Ray could not be started on this machine ({shortened(error)}); look at free memory and disk, or use "
+                "compute=inline"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"compute.address={address!r}: cannot join ({reason}); check versions, RAY_AUTH_MODE and RAY_AUTH_TOKEN"

@@ -211,7 +211,7 @@ def test_a_damaged_image_further_in_is_refused_by_preparing_never_skipped(root: 
 def test_a_link_to_nowhere_is_refused_by_name(root: Path, tmp_path: Path) -> None:
     write(root, files_of(("train", "test")))
     os.symlink(tmp_path / "nowhere.png", root / "train" / "cat" / "00.png")
-    assert "file 'train/cat/00.png' is missing" in refused(config(root), tmp_path)
+    assert "train/cat/00.png is a broken link" in refused(config(root), tmp_path)
 
 
 def test_one_class_is_refused(root: Path, tmp_path: Path) -> None:
