@@ -202,7 +202,7 @@ class GeneratorConfig:
     )
     tiny_decoder: str | None = setting(
         None,
-        doc="folder of an AutoencoderTiny; null: tiny_decoder/ in the generator's folder, if there",
+        doc="folder of an AutoencoderTiny, on every node; null: tiny_decoder/ in the generator's folder, if there",
         check=not_empty,
     )
     image_size: int | None = setting(None, doc="side of its images, pixels; null: its own", check=image_side)

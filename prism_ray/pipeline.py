@@ -30,6 +30,7 @@ from prism_ray.runtime.cluster import RayRuntime
 from prism_ray.runtime.inline import InlineRuntime
 from prism_ray.runtime.submission import submission_id
 from prism_ray.signals import handlers_replaced, interruptible, interruptible_items
+from prism_ray.staging import staged_classifier
 from prism_ray.storage import is_remote, storage_errors
 from prism_ray.weights import is_folder
 from prism_ray.work import (
@@ -197,8 +198,7 @@ def teacher_item(each: Run, name: str) -> TeacherItem:
     assert dataset is not None, "prepare comes first"
     teacher, compute = config.teachers.models[name], config.compute
     if is_folder(teacher.source):
-        # Workers of a cluster that was joined have another working directory.
-        teacher = replace(teacher, source=str(Path(teacher.source).absolute()))
+        teacher = replace(teacher, source=staged_classifier(teacher.source, each.artifacts_dir))
     folder = each.teacher_folder(name)
     make_parent(folder)
     gpus = compute.gpus_per_train_worker

@@ -18,6 +18,7 @@ from prism_ray.errors import InputError, PrismError, one_line
 from prism_ray.generator_files import check_generator
 from prism_ray.identity import content_hash
 from prism_ray.storage import is_remote, sha256_of_file, to_json
+from prism_ray.weights import find_weights
 
 HUB = "hub:"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -92,6 +93,28 @@ def staged(source: str, artifacts_dir: str | Path) -> str:
 
     publish_built(folder, build)
     return folder
+
+
+def staged_classifier(source: str, artifacts_dir: str | Path) -> str:
+    """The address of a classifier's folder that every worker reaches: as it is if the storage is local too, else of a
+    copy named by its content.
+
+    Raises:
+        InputError: the folder, its config.json or its weights are missing.
+    """
+    folder = Path(source).absolute()  # workers of a cluster that was joined have another working directory
+    if not is_remote(artifacts_dir):
+        return str(folder)
+    files = [find_weights(folder), folder / "config.json"]
+    copy = join(artifacts_dir, "sources", content_hash([sha256_of_file(path) for path in files]))
+
+    def build(building: Path) -> None:
+        for path in files:
+            shutil.copyfile(path, building / path.name)
+
+    if not is_complete(copy):
+        publish_built(copy, build)
+    return copy
 
 
 def _folder_digests(source: str) -> list[list[str]]:

@@ -129,17 +129,23 @@ class ObjectStore:
     def read_all(self, prefix: str) -> dict[str, bytes]:
         """Every object below a folder, by key in order. What has not changed since the last call isn't read again."""
         found = {key: _tag(info) for key, info in self._infos(prefix).items()}
-        changed = [key for key, tag in found.items() if tag is None or self._seen.get(key, (None,))[0] != tag]
-        for key in [key for key in self._seen if key.startswith(f"{prefix}/") and key not in found]:
-            del self._seen[key]
+        seen = {key: self._seen.get(key, (None, b"")) for key in found}
+        changed = [key for key, tag in found.items() if tag is None or seen[key][0] != tag]
 
         def read(key: str) -> None:
-            with suppress(FileNotFoundError):  # removed since it was listed
-                self._seen[key] = (found[key], self.read(key))
+            try:
+                seen[key] = (found[key], self.read(key))
+            except FileNotFoundError:  # removed since it was listed
+                del seen[key]
 
-        with ThreadPoolExecutor(READERS, "read") as pool:
-            list(pool.map(read, changed))
-        return {key: self._seen[key][1] for key in found if key in self._seen}
+        if changed:
+            with ThreadPoolExecutor(READERS, "read") as pool:
+                list(pool.map(read, changed))
+        # Other threads may be here too, so what is remembered is only ever replaced or dropped key by key.
+        for key in [key for key in list(self._seen) if key.startswith(f"{prefix}/") and key not in seen]:
+            self._seen.pop(key, None)
+        self._seen.update(seen)
+        return {key: seen[key][1] for key in found if key in seen}
 
     def size(self, key: str) -> int | None:
         """Bytes, or None where there is no such object."""

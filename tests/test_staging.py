@@ -9,10 +9,10 @@ import fsspec
 import pytest
 from pipelines import save_twin
 
-from prism_ray.artifacts import MARKER
+from prism_ray.artifacts import MARKER, is_complete, local_folder
 from prism_ray.errors import InputError
 from prism_ray.models.generators import Placement, load_generator
-from prism_ray.staging import check_elsewhere, found_here, is_elsewhere, staged
+from prism_ray.staging import check_elsewhere, found_here, is_elsewhere, staged, staged_classifier
 
 
 @pytest.fixture
@@ -91,3 +91,30 @@ def test_a_hub_model_that_was_copied_before_needs_no_hub(
     shutil.copytree(staged(shared, tmp_path), staged_path("hub:owner/name", tmp_path))
     check_elsewhere("hub:owner/name", tmp_path)
     assert found_here("hub:owner/name", tmp_path) is not None
+
+
+def test_folders_of_this_machine_reach_every_worker_through_an_object_store(tmp_path: Path) -> None:
+    """In local storage they are used where they lie; a changed one is another copy."""
+    generator = save_twin("sd", tmp_path / "twin")
+    (generator / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "model.safetensors", "notes.txt"):
+        (teacher / name).write_bytes(name.encode())
+    artifacts = f"memory://{tmp_path.name}/artifacts"
+    for stage, folder, names in (
+        (staged, generator, {"model_index.json", "unet/diffusion_pytorch_model.safetensors"}),
+        (staged_classifier, teacher, {"config.json", "model.safetensors"}),
+    ):
+        assert stage(str(folder), tmp_path / "artifacts") == str(folder)
+        address = stage(str(folder), artifacts)
+        assert address.startswith(artifacts)
+        assert is_complete(address)
+        copy = local_folder(address)
+        found = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+        assert names <= found
+        assert not {"notes.txt", "unet/diffusion_pytorch_model.bin"} & found
+        assert all((copy / name).read_bytes() == (folder / name).read_bytes() for name in names)
+        assert stage(str(folder), artifacts) == address
+    (teacher / "config.json").write_bytes(b"changed")
+    assert staged_classifier(str(teacher), artifacts) != address

@@ -118,6 +118,29 @@ def test_read_all_sees_what_changed(store: Store) -> None:
     assert "r/08" not in found
 
 
+def test_threads_read_a_folder_that_changes(store: Store) -> None:
+    for n in range(10):
+        store.put(f"r/{n}", b"%d" % n)
+    failures = []
+
+    def look() -> None:
+        try:
+            for _ in range(5):
+                assert all(key == f"r/{data.decode()}" for key, data in store.read_all("r").items())
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for n in range(10):
+        store.remove(f"r/{n}")
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert store.read_all("r") == {}
+
+
 def test_removing_what_is_not_there_is_fine_and_a_folder_goes_whole(store: Store) -> None:
     for key in ("a/b/c", "a/b/d", "ab/c"):
         store.put(key, b"1")
