@@ -9,6 +9,7 @@ Without kinds: all of them, one after another. The figures of each kind replace 
 import argparse
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -106,7 +107,7 @@ def run_kind(lab: kinds.Lab, name: str) -> bool:
     except AssertionError as error:
         tally = Tally(name, problems=[str(error)])
     figures: dict[str, Any] = asdict(tally) | {"seconds": round(time.monotonic() - started, 1)}
-    figures["passed"] = tally.is_passed
+    figures |= {"passed": tally.is_passed, "commit": commit()}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[name] = figures
     ordered = {kind: results[kind] for kind in KINDS if kind in results}
@@ -120,6 +121,13 @@ def run_kind(lab: kinds.Lab, name: str) -> bool:
     for problem in tally.problems:
         print(f"  {problem}", flush=True)
     return tally.is_passed
+
+
+def commit() -> str:
+    """What the figures are of; with a plus if files were changed since."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or "unknown"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
