@@ -297,6 +297,20 @@ CASES = [
         suite("recipe: digits_smoke\nrows: {a: []}\nseeds: [0, 0]"),
         "bench",
     ),
+    Case(
+        "67 a row named twice",
+        SUITE,
+        ["'a' stands twice"],
+        suite("recipe: digits_smoke\nrows:\n  a: [seed=1]\n  a: [seed=2]\n"),
+        "bench",
+    ),
+    Case(
+        "67 a suite nested five thousand times",
+        SUITE,
+        ["nested too deeply"],
+        suite("rows: " + "[" * 5000 + "]" * 5000),
+        "bench",
+    ),
     # Clusters:
     Case("68 the address of a dashboard", ["compute=ray", "compute.address=http://127.0.0.1:8265"], ["web address"]),
     Case("69 a host that can't be", ["compute=ray", "compute.address=.:6379"], ["'.:6379'", "no Ray cluster answers"]),
