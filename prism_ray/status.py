@@ -55,7 +55,7 @@ def status_text(config: Config, overrides: Sequence[str]) -> str:
     lines.append(f"  quarantine  {len(given_up)} units")
     lines += [f"    {e['stage']} {e['name']}, {e['attempts']} attempts: {e['reason']}" for e in given_up]
     lines += [f"  no image    {e['image_id']}: {e['reason']}" for e in lost_images(run.ledger.receipts(SYNTHESIZE))]
-    damaged = read_json(run.store, DAMAGED) or []
+    damaged = read_json(run.store, DAMAGED, list[dict[str, str]]) or []
     lines += [f"  damaged     {entry['key']}: {entry['problem']}" for entry in damaged]
     lines.append(f"  next        {_next(state, owner, overrides)}")
     return "\n".join(lines)
