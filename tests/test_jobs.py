@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "submit")
 SMOKE = "recipe=digits_smoke"
 PATIENCE_S = 600
+TEST_S = 1800  # whichever comes first pays for the cluster, the undisturbed run and two jobs
 MARK = "PRISM_RAY_TEST_CLUSTER"
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -289,12 +290,14 @@ def story(head: Head, pristine_storage: Path, tmp_path_factory: pytest.TempPathF
     )
 
 
+@pytest.mark.timeout(TEST_S)
 def test_a_job_that_is_stopped_ends_in_order(story: Story) -> None:
     assert story.first["status"] == "STOPPED", story.first_log
     assert "stopped by SIGTERM" in story.first_log
     assert re.search(r"^\[synthesize\] \d/4 units", story.first_log, re.MULTILINE)
 
 
+@pytest.mark.timeout(TEST_S)
 def test_the_same_job_submitted_again_continues_to_the_bytes_of_an_undisturbed_run(
     story: Story, pristine_storage: Path
 ) -> None:
@@ -309,6 +312,7 @@ def test_the_same_job_submitted_again_continues_to_the_bytes_of_an_undisturbed_r
     assert jobs_of_run == ["first", f"pipeline-{story.run_dir.name}-1"]
 
 
+@pytest.mark.timeout(TEST_S)
 def test_a_jobs_log_and_metadata_name_the_run(story: Story) -> None:
     line = next(line for line in story.again.stdout.splitlines() if line.startswith(jobs.NOTE))
     noted = json.loads(line.removeprefix(jobs.NOTE))
@@ -318,6 +322,7 @@ def test_a_jobs_log_and_metadata_name_the_run(story: Story) -> None:
     assert story.first["metadata"] == expected  # added by the job itself
 
 
+@pytest.mark.timeout(TEST_S)
 def test_a_log_has_calm_lines_and_no_control_characters(story: Story) -> None:
     for log in (story.first_log, story.again.stdout):
         own = [line for line in log.splitlines() if line.startswith("[")]
@@ -325,6 +330,7 @@ def test_a_log_has_calm_lines_and_no_control_characters(story: Story) -> None:
         assert not any("\x1b" in line or "\r" in line for line in own)
 
 
+@pytest.mark.timeout(TEST_S)
 def test_who_has_no_token_is_refused(head: Head) -> None:
     submit = ["submit", "--working-dir", ".", "--no-wait", "--submission-id", "intruder", "--", "true"]
     for changed in ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}, {"RAY_AUTH_TOKEN": "0" * 64}):
