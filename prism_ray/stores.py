@@ -46,7 +46,7 @@ READERS = 16
 """Small objects that are read at once."""
 
 TIMEOUTS_S = {"connect_timeout": 10, "read_timeout": 60}
-TIMEOUTS_OF_PROBE_S = {"connect_timeout": 1.5, "read_timeout": 1.5}
+TIMEOUTS_OF_PROBE_S = {"connect_timeout": 1.5, "read_timeout": 4}
 PATIENCE_OF_PROBE_S = 2.5
 
 NO_CREDENTIALS = (
@@ -300,7 +300,7 @@ class ObjectStore:
         return self._try("", lambda: self._fs.find(parent, prefix=prefix, detail=True), never_missing=True)
 
     def _try(self, key: str, call: Callable[[], T], *, never_missing: bool = False, patience_s: float = math.inf) -> T:
-        """A call's answer, after as many tries as it takes; no new one begins after `patience_s`.
+        """A call's answer, after as many tries as it takes; no third one begins after `patience_s`.
 
         Raises:
             FileNotFoundError, FileExistsError: the store says so. 'Not found' is believed if a listing agrees.
@@ -322,7 +322,7 @@ class ObjectStore:
             except Exception as error:
                 self._refuse(error)
                 failure = error
-            if attempt >= tries or time.monotonic() - began > patience_s:
+            if attempt >= tries or (attempt > 1 and time.monotonic() - began > patience_s):
                 if isinstance(failure, FileNotFoundError) and never_missing:
                     raise InputError(
                         f"storage={self.url!r}: the bucket {self._root.partition('/')[0]!r} does not exist; create it, "

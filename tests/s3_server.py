@@ -8,6 +8,7 @@ with s3_server() as server:                     # one bucket, `BUCKET`; credenti
 import contextlib
 import hashlib
 import http.client
+import json
 import logging
 import os
 import random
@@ -27,9 +28,11 @@ ACCESS_KEY, SECRET_KEY = "a-key-of-tests", "a-secret-of-tests"
 FAULTS = ("500", "503", "404", "timeout", "reset", "lost")
 """An answer instead of the work (404 to reads alone); silence; a cut line; the work done and its answer lost."""
 
-QUIET_S = 2.5
-"""How long a timeout lasts; clients are told to wait less."""
-CLIENT_TIMEOUT_S = 1.0
+QUIET_S = 5.0
+"""How long a timeout lasts; clients of the proxy are told to wait less, and still longer than a busy machine takes."""
+CLIENT_TIMEOUT_S = 4.0
+TIMEOUT_SHARE = 0.1
+"""Of faults of several kinds; the others cost no time."""
 
 
 @dataclass
@@ -37,19 +40,21 @@ class Server:
     """Where an S3 service listens."""
 
     endpoint: str
+    is_proxy: bool = False
     faults: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables by which programs find it."""
+        timeouts = {"FSSPEC_S3_CONFIG_KWARGS": json.dumps({"read_timeout": CLIENT_TIMEOUT_S})}
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "FSSPEC_S3_CONFIG_KWARGS": '{"read_timeout": %g}' % (CLIENT_TIMEOUT_S if self.faults is not None else 30),
+            **(timeouts if self.is_proxy else {}),
         }
 
 
@@ -86,7 +91,15 @@ def faulty(server: Server, *, share: float = 0.1, seed: int = 0, kinds: tuple[st
     """
     target = urlsplit(server.endpoint)
     generator, lock = random.Random(seed), threading.Lock()
-    proxy = Server("")
+    proxy = Server("", is_proxy=True)
+    quick = [kind for kind in kinds if kind != "timeout"]
+
+    def drawn() -> str:
+        """The next request's fault, or none."""
+        if generator.random() >= share:
+            return ""
+        is_quick = generator.random() >= TIMEOUT_SHARE or "timeout" not in kinds
+        return generator.choice(quick) if quick and is_quick else "timeout"
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -97,7 +110,7 @@ def faulty(server: Server, *, share: float = 0.1, seed: int = 0, kinds: tuple[st
         def handle_any(self) -> None:
             body = self._body()
             with lock:
-                fault = generator.choice(kinds) if generator.random() < share else ""
+                fault = drawn()
                 if fault == "404" and self.command not in ("GET", "HEAD"):
                     fault = "500"
                 proxy.requests[self.command] += 1
@@ -183,7 +196,7 @@ def environment(server: Server) -> Iterator[None]:
     configured = dict(fsspec.config.conf)
     try:
         os.environ.update(server.environment)
-        fsspec.config.conf["s3"] = {"config_kwargs": {"read_timeout": CLIENT_TIMEOUT_S}}
+        fsspec.config.conf["s3"] = {"config_kwargs": {"read_timeout": CLIENT_TIMEOUT_S}} if server.is_proxy else {}
         for function in remembered:
             function.cache_clear()
         yield
