@@ -91,7 +91,7 @@ def parse_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         # Dates, merges and the key "=" stay text.
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # pyright: ignore  # an attribute of the class in yaml
             first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in KINDS]
             for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }

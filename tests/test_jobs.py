@@ -220,6 +220,7 @@ def head() -> Iterator[Head]:
     options = ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--num-cpus", "2"]
     options += ["--object-store-memory", str(200 << 20), "--disable-usage-stats"]
     try:
+        errors: list[str] = []
         for attempt in range(3):
             ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
             own = [option for name, port in ports.items() for option in (f"--{name}", port)]
@@ -232,9 +233,10 @@ def head() -> Iterator[Head]:
             )
             if started.returncode == 0:
                 break
+            errors.append(started.stdout[-2000:] + started.stderr[-2000:])
             end_marked(mark)
         else:
-            pytest.fail(f"no cluster: {started.stdout[-2000:]} {started.stderr[-2000:]}")
+            pytest.fail(f"no cluster: {errors}")
         yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", environment)
     finally:
         end_marked(mark)

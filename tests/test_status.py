@@ -222,6 +222,6 @@ def test_a_command_that_ends_early_leaves_a_line(tmp_path: Path, error: Callable
     run = locate(Row("", cli.compose([*SMOKE, f"storage={tmp_path}"])))
     with pytest.raises(type(error())), noted_end([run]):
         raise error()
-    (line,) = events(run.store.root)
+    (line,) = events(Path(run.store.url))
     assert line["event"] == kind
     assert line["reason"]

@@ -40,7 +40,7 @@ def note(metadata: Mapping[str, str]) -> None:
     if job is None:
         return
     try:
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # pyright: ignore  # compiled, without stubs
         from ray.dashboard.modules.job.common import JobInfoStorageClient
 
         client = JobInfoStorageClient(GcsClient(address=os.environ["RAY_ADDRESS"]))

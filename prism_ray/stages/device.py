@@ -70,8 +70,8 @@ def deterministic(threads: int) -> Iterator[None]:
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     # Deterministic mode fills every new tensor in case a kernel reads what it did not write. It costs small networks a
     # quarter of their time and more; the bytes are the same without (2026-11-30).
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    filling: Any = torch.utils.deterministic  # a module that makes this attribute in a way checkers don't see
+    filled, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, False
     # The released programs compute in fp32; TF32 convolutions would be the default on recent GPUs.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(threads)
@@ -82,7 +82,7 @@ def deterministic(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        filling.fill_uninitialized_memory = filled
 
 
 def fingerprint(device: torch.device) -> str:

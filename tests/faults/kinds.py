@@ -299,7 +299,7 @@ def disk_full(lab: Lab, *, sizes_kb: Sequence[int]) -> Tally:
 
 def signalled(lab: Lab, *, number: int, times: int, seed: int = 0) -> Tally:
     """SIGTERM or SIGINT at random times: an orderly end with its code, and the same command again."""
-    code = {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    code = {int(signal.SIGTERM): 75, int(signal.SIGINT): 130}[number]
     tally, rng, storage = Tally(signal.Signals(number).name), random.Random(seed), lab.fresh()
     longest_s, seconds = lab.trial[0], []
     while tally.faults < times:
@@ -388,10 +388,14 @@ def _truncate(path: Path, rng: random.Random) -> None:
     path.write_bytes(data[: rng.randrange(1, len(data))])
 
 
+def _empty(path: Path, rng: random.Random) -> None:
+    path.write_bytes(b"")
+
+
 DAMAGE: dict[str, Callable[[Path, random.Random], None]] = {
     "flipped bit": _flip,
     "truncated": _truncate,
-    "empty": lambda path, rng: path.write_bytes(b"") and None,
+    "empty": _empty,
     "missing": lambda path, rng: path.unlink(),
 }
 
@@ -600,7 +604,7 @@ def ray_part_killed(lab: Lab, *, part: str, kills: int, per_run: int = 3, seed: 
 
 def ray_signalled(lab: Lab, *, number: int, times: int, seed: int = 0) -> Tally:
     """SIGTERM or SIGINT while actors work: an orderly end within seconds, no process left, the same command again."""
-    code = {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    code = {int(signal.SIGTERM): 75, int(signal.SIGINT): 130}[number]
     tally, rng, storage, at = Tally(signal.Signals(number).name, "ray"), random.Random(seed), lab.fresh(), []
     slow = {"units": {stage: {"*": "sleep:0.5"} for stage in ("synthesize", "relabel")}}
     seconds = []
