@@ -1,5 +1,6 @@
 """What is refused in the first seconds: compute, data and teachers that can't work. No Ray, no model, no full scan."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from prism_ray.plan import check_size, needs_generator, used_teachers
 from prism_ray.runs import Run, locate
 from prism_ray.runtime.session import check_fits, local_node, preflight
 from prism_ray.staging import DESCRIPTION, check_elsewhere, found_here
-from prism_ray.storage import is_remote, open_store
+from prism_ray.storage import LocalStore, is_remote, open_store
 from prism_ray.weights import (
     check_architecture,
     check_described,
@@ -160,6 +161,14 @@ def _is_begun(run: Run) -> bool:
         return False  # what is wrong with the storage is said when the run is opened
 
 
+def _has_place(run: Run) -> bool:
+    """Whether a folder for the run could be made, as far as can be seen without making it."""
+    if not isinstance(run.store, LocalStore):
+        return True
+    nearest = next(path for path in (run.store.root, *run.store.root.parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def check_networks(configs: Sequence[tuple[Config, int]]) -> None:
     """Refuse arguments that an architecture does not take before the first stage of a run, not at its last.
 
@@ -170,7 +179,8 @@ def check_networks(configs: Sequence[tuple[Config, int]]) -> None:
     """
     built = set()
     for config, num_classes in configs:
-        if _is_begun(locate(Row("", config))):
+        run = locate(Row("", config))
+        if _is_begun(run) or not _has_place(run):
             continue
         teachers = {f"teachers.models.{name}": config.teachers.models[name] for name in used_teachers(config)}
         student = TeacherConfig(arch=config.student.arch, model_args=config.student.model_args)
