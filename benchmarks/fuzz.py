@@ -468,8 +468,7 @@ def model_readers(folder: Path) -> Iterator[Entry]:
 
     from prism_ray.generator_files import check_generator
     from prism_ray.models.checkpoint import read_extra, save_checkpoint
-    from prism_ray.models.classifier import _read_architecture
-    from prism_ray.weights import check_weights_file
+    from prism_ray.weights import check_weights_file, read_model_config
 
     weights = save({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, metadata={"format": "pt"})
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
@@ -544,7 +543,7 @@ def model_readers(folder: Path) -> Iterator[Entry]:
 
     def read_config(data: bytes) -> None:
         config.write_bytes(data)
-        _read_architecture(config)
+        read_model_config(folder)
 
     yield "safetensors header", make_weights, read_weights
     yield "training checkpoint", make_checkpoint, read_checkpoint
