@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from prism_ray.deadline import ended_after
 from prism_ray.documents import fits
-from prism_ray.errors import Drained, Fenced, InputError, PrismError, one_line, redacted, shortened
+from prism_ray.errors import Drained, Fenced, InputError, PrismError, StorageError, one_line, redacted, shortened
 from prism_ray.lock import check_epoch
 from prism_ray.schema import table_bytes
 from prism_ray.storage import Store, parsed_json, read_json, sha256_of, to_json
@@ -317,7 +318,8 @@ class Ledger:
     def event(self, kind: str, **content: Any) -> None:
         """Append one line to events.jsonl (an object store: one object below events/), see `EVENTS`; for people."""
         line = {"event": kind, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **content}
-        self.store.append("events.jsonl", json.dumps(line, sort_keys=True))
+        with suppress(StorageError):  # a line for people is no reason to end a run; the next object says the same
+            self.store.append("events.jsonl", json.dumps(line, sort_keys=True))
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def _leave(number: signal.Signals) -> int:
     """
     _say(LINES[number])
     # An import of Ray that was interrupted leaves its parts loaded, without the package itself.
-    has_ray = any(name.partition(".")[0] == "ray" for name in sys.modules)
+    has_ray = any(name.partition(".")[0] == "ray" for name in list(sys.modules))  # another thread may import
     if has_ray or any(thread.name == THREAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

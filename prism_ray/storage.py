@@ -127,7 +127,7 @@ class LocalStore:
         """Write or replace an object as a whole."""
         with self._written(key, data) as temporary:
             os.replace(temporary, self.path(key))
-        sync_path(self.path(key).parent)
+            sync_path(self.path(key).parent)
 
     def create(self, key: str, data: bytes, *, check: Callable[[Any], None] | None = None) -> bool:
         """Publish a new object; False, and nothing changed, if the key exists.
@@ -141,7 +141,7 @@ class LocalStore:
                 _link_new(temporary, self.path(key))
             except FileExistsError:
                 return False
-        sync_path(self.path(key).parent)
+            sync_path(self.path(key).parent)
         return True
 
     def put_file(self, key: str, path: Path) -> None:
@@ -150,7 +150,7 @@ class LocalStore:
             shutil.copyfile(path, temporary)
             sync_path(temporary)
             os.replace(temporary, self.path(key))
-        sync_path(self.path(key).parent)
+            sync_path(self.path(key).parent)
 
     def copy(self, key: str, source: Store, source_key: str) -> None:
         """Write or replace an object as another file's second name, as a copy where there are no hard links.
@@ -170,7 +170,7 @@ class LocalStore:
                 shutil.copyfile(path, temporary)
                 sync_path(temporary)
             os.replace(temporary, self.path(key))
-        sync_path(self.path(key).parent)
+            sync_path(self.path(key).parent)
 
     @contextmanager
     def built_folder(self) -> Iterator[Path]:

@@ -188,7 +188,7 @@ def local(recipe: str, image_folder: Path, untrained: dict[str, Path], storage: 
     ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param("imagenet1k_prism", marks=pytest.mark.slow), "imagenet1k_sre2l"])
 def test_a_paper_recipe_runs_with_its_own_architectures(
     recipe: str, image_folder: Path, untrained: dict[str, Path], prism: Command, tmp_path: Path
 ) -> None:

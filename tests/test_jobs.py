@@ -178,7 +178,7 @@ def free_ports(count: int) -> list[str]:
     """Ports below those that the kernel gives to connections, which could take one before Ray does."""
     found: list[str] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(12_000, 32_000)
+        port = random.SystemRandom().randrange(20_000, 32_000)  # workers have those from 10,002 to 19,999
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("0.0.0.0", port))
             found += [str(port)] if str(port) not in found else []
@@ -292,6 +292,7 @@ def story(head: Head, pristine_storage: Path, tmp_path_factory: pytest.TempPathF
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TEST_S)
 def test_a_job_that_is_stopped_ends_in_order(story: Story) -> None:
     assert story.first["status"] == "STOPPED", story.first_log
@@ -299,6 +300,7 @@ def test_a_job_that_is_stopped_ends_in_order(story: Story) -> None:
     assert re.search(r"^\[synthesize\] \d/4 units", story.first_log, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TEST_S)
 def test_the_same_job_submitted_again_continues_to_the_bytes_of_an_undisturbed_run(
     story: Story, pristine_storage: Path
@@ -314,6 +316,7 @@ def test_the_same_job_submitted_again_continues_to_the_bytes_of_an_undisturbed_r
     assert jobs_of_run == ["first", f"pipeline-{story.run_dir.name}-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TEST_S)
 def test_a_jobs_log_and_metadata_name_the_run(story: Story) -> None:
     line = next(line for line in story.again.stdout.splitlines() if line.startswith(jobs.NOTE))
@@ -324,6 +327,7 @@ def test_a_jobs_log_and_metadata_name_the_run(story: Story) -> None:
     assert story.first["metadata"] == expected  # added by the job itself
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TEST_S)
 def test_a_log_has_calm_lines_and_no_control_characters(story: Story) -> None:
     for log in (story.first_log, story.again.stdout):
@@ -332,6 +336,7 @@ def test_a_log_has_calm_lines_and_no_control_characters(story: Story) -> None:
         assert not any("\x1b" in line or "\r" in line for line in own)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TEST_S)
 def test_who_has_no_token_is_refused(head: Head) -> None:
     submit = ["submit", "--working-dir", ".", "--no-wait", "--submission-id", "intruder", "--", "true"]
