@@ -92,7 +92,7 @@ def test_a_run_makes_the_bytes_of_a_local_one(finished: str, expected: dict[str,
 
 def test_every_verb_finds_a_run_there(finished: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for verb, answer in (
-        ("status", "finished, epoch 1, in s3://"),
+        ("status", ": done, in s3://"),
         ("verify", "every object matches its receipt"),
         ("plan", ": begun"),
         ("report", f"look at the report:  {finished}/runs/"),
