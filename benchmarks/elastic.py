@@ -96,35 +96,37 @@ class Cluster:
             "PYTHONPATH": f"{folder}:{ROOT}",
         }
         self.nodes: list[psutil.Popen] = []
+        self.drivers: list[subprocess.Popen[str]] = []
 
     def start_head(self, *, cpus: int, more: tuple[str, ...] = (), **environment: str) -> None:
-        """The first node. A busy machine may need several tries: Ray gives up after a while."""
+        """The first node."""
         arguments = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
-        log = self.folder / "node-0.log"
-        for _ in range(START_TRIES):
-            head = self._start([*arguments, f"--num-cpus={cpus}", *more], environment)
-            wait_until(
-                lambda head=head: head.poll() is not None or "Ray runtime started" in log.read_text(),
-                "the head answers",
-            )
-            if head.poll() is None:
-                return
-            self.kill(head)
-        raise SystemExit("the head did not start")
+        self._up([*arguments, f"--num-cpus={cpus}", *more], environment)
 
     def add(self, kind: str, market: str = "on-demand") -> psutil.Popen:
         """A node with one CPU and one fake GPU of a kind."""
         labels = f"--labels={TYPE}={kind.upper()},ray.io/market-type={market}"
         resources = f'--resources={{"{kind}": 1}}'
-        return self._start([f"--address={self.address}", "--num-cpus=1", resources, labels], {})
+        return self._up([f"--address={self.address}", "--num-cpus=1", resources, labels], {})
 
-    def _start(self, arguments: list[str], environment: dict[str, str]) -> psutil.Popen:
+    def _up(self, arguments: list[str], environment: dict[str, str]) -> psutil.Popen:
+        """A node that has started. A busy machine may need several tries: Ray gives a node half a minute."""
+        for _ in range(START_TRIES):
+            node, log = self._start(arguments, environment)
+            wait_until(lambda: node.poll() is not None or "Ray runtime started" in log.read_text(), "a node starts")  # noqa: B023
+            if node.poll() is None:
+                return node
+            self.kill(node)
+        raise SystemExit("a node did not start")
+
+    def _start(self, arguments: list[str], environment: dict[str, str]) -> tuple[psutil.Popen, Path]:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
         command += [f"--object-store-memory={100 << 20}", *arguments]
-        with (self.folder / f"node-{len(self.nodes)}.log").open("w") as log:
+        path = self.folder / f"node-{len(list(self.folder.glob('node-*.log')))}.log"
+        with path.open("w") as log:
             node = psutil.Popen(command, env={**self.environment, **environment}, stdout=log, stderr=log)
         self.nodes.append(node)
-        return node
+        return node, path
 
     def kill(self, node: psutil.Popen) -> None:
         """End a node at once, with all that runs on it."""
@@ -152,6 +154,8 @@ class Cluster:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def close(self) -> None:
+        for driver in self.drivers:
+            driver.kill()
         for node in reversed(self.nodes.copy()):
             self.kill(node)
 
@@ -224,6 +228,7 @@ class Driver:
         self._process = subprocess.Popen(
             command, env=cluster.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
+        cluster.drivers.append(self._process)
 
     def published(self, stage: str = "synthesize") -> int:
         return len(list(self.storage.glob(f"runs/*/receipts/{stage}/*.json")))
@@ -244,10 +249,7 @@ class Driver:
 
     def finish(self) -> float:
         """Wait for its end; returns the seconds it took."""
-        try:
-            out, _ = self._process.communicate(timeout=TIMEOUT_S)
-        finally:
-            self._process.kill()
+        out, _ = self._process.communicate(timeout=TIMEOUT_S)
         if self._process.returncode != 0:
             raise SystemExit(f"the run ended with {self._process.returncode}:\n{out}")
         return time.monotonic() - self.began
@@ -269,7 +271,7 @@ def outcome(cluster: Cluster, expected: Path, driver: Driver) -> dict[str, Any]:
         "units_by_pool_and_type": dict(
             Counter(f"{r['worker']['pool']}:{r['worker']['labels'].get(TYPE)}" for r in made)
         ),
-        "units_by_node": dict(Counter(r["worker"]["node"][:8] for r in made)),
+        "units_by_node": dict(Counter(r["worker"]["node"][-8:] for r in made)),
     }
     result["passed"] = result["identical"] and not quarantined and not result["attempts_left"]
     return result
@@ -410,6 +412,7 @@ def main() -> None:
     parser.add_argument("--units-s", type=float, default=2.0, help="delay of every unit, seconds")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no node is left
     result = SCENARIOS[options.scenario](options.storage.resolve(), options.overrides, options.units_s)
     print(json.dumps(result))
     sys.exit(0 if result["passed"] else 1)

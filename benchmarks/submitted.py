@@ -59,7 +59,7 @@ def stopped(head: Head, storage: str, overrides: list[str], expected: dict[str, 
     if submitted.returncode != 0:
         raise SystemExit(submitted.stdout + submitted.stderr)
     store = open_store(storage)
-    wait_until(lambda: any("/images/" in key for key in store.keys("runs")) or not running(head, name), "an image")
+    wait_until(lambda: any("/images/" in key for key in store.keys("runs")) or not head.works_on(name), "an image")
     began = time.monotonic()
     head.ray("stop", name)
     stop_s = time.monotonic() - began
@@ -82,10 +82,6 @@ def stopped(head: Head, storage: str, overrides: list[str], expected: dict[str, 
         print(again.stdout[-4000:], again.stderr[-4000:], file=sys.stderr)
     done = again.returncode == 0 and result["first"] == "STOPPED" and 0 < units < result["units"]
     return {**result, "passed": done and result["identical"] and not result["doubled"]}
-
-
-def running(head: Head, name: str) -> bool:
-    return head.job(name)["status"] in ("PENDING", "RUNNING")
 
 
 def rows_of(storage: str) -> dict[str, int]:

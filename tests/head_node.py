@@ -77,6 +77,10 @@ class Head:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 
+    def works_on(self, submission_id: str) -> bool:
+        """Whether a job waits or runs."""
+        return self.job(submission_id)["status"] in ("PENDING", "RUNNING")
+
 
 def free_ports(count: int) -> list[str]:
     """Ports below those that the kernel gives to connections, which could take one before Ray does."""

@@ -162,7 +162,7 @@ def story(head: Head, pristine_storage: Path, tmp_path_factory: pytest.TempPathF
     command = ["--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml", "--submission-id", "first", "--no-wait"]
     submitted = head.ray("submit", *command, "--", "python", "jobs/pipeline.py", *settings)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    wait_for(lambda: list(storage.glob("runs/*/images/*.parquet")) or head.job("first")["status"] != "RUNNING", "image")
+    wait_for(lambda: list(storage.glob("runs/*/images/*.parquet")) or not head.works_on("first"), "image")
     stopped = head.ray("stop", "first")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     again = head.submit("pipeline", *settings)
@@ -236,7 +236,9 @@ def test_who_has_no_token_is_refused(head: Head) -> None:
         urllib.request.urlopen(
             urllib.request.Request(f"{head.address}/api/jobs/", data=body, method="POST"), timeout=60
         )
-    assert caught.value.code in (401, 403)
+    with caught.value as refusal:
+        assert refusal.code in (401, 403)
     with pytest.raises(urllib.error.HTTPError) as caught:
         head.job("intruder")
-    assert caught.value.code == 404
+    with caught.value as missing:
+        assert missing.code == 404

@@ -213,6 +213,9 @@ def start(compute: ComputeConfig) -> None:
     if local:
         # Read when ray is imported: on SIGTERM Ray would wait for the work of a node whose work ends anyway.
         os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
+        # Read then too: where clusters of several machines are off, all of Ray listens on loopback alone; otherwise it
+        # takes the machine's own address for `_node_ip_address=127.0.0.1`.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         cpus, gpus = local_resources(compute)

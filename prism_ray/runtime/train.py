@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayError
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prism_ray import drain
@@ -31,6 +32,14 @@ MAX_FAILURES = 3
 
 RESIZE_CHECK_S = 30.0
 """How often an elastic group looks whether it could have more workers again; it restarts to take them in."""
+
+
+class SeparateConfig(TorchConfig):
+    """Workers that train networks of their own: no process group, whose store would listen to everybody."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend
 
 
 def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
@@ -51,7 +60,7 @@ def run_trainings(compute: ComputeConfig, items: Sequence[Item]) -> None:
             _train_share,
             train_loop_config={"items": list(items), "troubles": (store.url, folder), "are_joint": are_joint},
             # NCCL refuses two workers on one GPU.
-            torch_config=TorchConfig(backend="gloo" if 0 < gpus_each < 1 else None),
+            torch_config=(TorchConfig if are_joint else SeparateConfig)(backend="gloo" if 0 < gpus_each < 1 else None),
             scaling_config=scaling,
             # Checkpoints are the items' own, in the run folder, where inline runs and later commands find them too.
             # None is given to Ray, and so it looks at its own storage where it made it, on this node, and nowhere else.
