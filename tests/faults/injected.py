@@ -10,6 +10,7 @@ error number, once or from then on.
 """
 
 import builtins
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -284,7 +285,8 @@ class _FileFaults:
             if self._then == "middle" and middle:
                 middle()
             if self._then == "after":
-                call()
+                with contextlib.suppress(OSError):  # such as a folder that is there already
+                    call()
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
         if op in ("unlink", "rmdir"):

@@ -12,7 +12,7 @@ from prism_ray.methods.inversion.matching import (
     skipped_layers,
     statistics_term,
 )
-from prism_ray.methods.inversion.statistics import BatchState, LayerTarget
+from prism_ray.methods.inversion.statistics import BatchState, LayerTarget, moments
 from tests.methods.nets import (
     RepeatedNormNet,
     images_and_classes,
@@ -56,7 +56,7 @@ def test_bn_distance_matches_what_batch_norm_itself_tracks():
 
 def test_bn_distance_is_zero_on_own_statistics_with_a_finite_gradient_and_positive_elsewhere():
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    var, mean = torch.var_mean(x.detach(), dim=(0, 2, 3), correction=0)
+    mean, var = moments(x.detach(), (0, 2, 3))
     distance = bn_distance(x, mean, var)
     assert distance.item() == 0
     (gradient,) = torch.autograd.grad(distance, x)

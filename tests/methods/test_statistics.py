@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prism_ray.methods.inversion.statistics import BatchState, Moments, matched_layers, targets_of
+from prism_ray.methods.inversion.statistics import BatchState, Moments, matched_layers, moments, targets_of
 from tests.methods.nets import (
     NUM_CLASSES,
     BnFreeNet,
@@ -189,3 +189,27 @@ def test_groups_are_the_positions_of_each_class_present():
     state = BatchState(torch.tensor([7, 2, 7, 7, 5]))
     assert [(c, rows.tolist()) for c, rows in state.groups] == [(2, [1]), (5, [4]), (7, [0, 2, 3])]
     assert state.classes.tolist() == [2, 5, 7]
+
+
+# Moments of a batch
+
+
+@pytest.mark.parametrize("dims", [(0, 2, 3), (2, 3)])
+def test_moments_and_their_gradients_are_those_of_torch(dims):
+    x = torch.randn(5, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mean, var = moments(x, dims)
+    expected_var, expected_mean = torch.var_mean(x, dim=dims, correction=0)
+    torch.testing.assert_close((mean, var), (expected_mean, expected_var))
+    weights = torch.rand(2, *mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((weights[0] * mean + weights[1] * var.sqrt()).sum(), x)
+    (expected,) = torch.autograd.grad((weights[0] * expected_mean + weights[1] * expected_var.sqrt()).sum(), x)
+    torch.testing.assert_close(gradient, expected)
+    assert torch.autograd.gradcheck(lambda x: moments(x, dims), [x])
+
+
+def test_moments_of_values_far_from_zero_lose_no_digits():
+    x = 1000 + torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, var = moments(x, (0, 2, 3))
+    expected_var, expected_mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), expected_var, rtol=1e-4, atol=0)

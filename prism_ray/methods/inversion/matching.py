@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prism_ray.methods.inversion.statistics import (
     BatchState,
     LayerTarget,
+    moments,
     network_layers,
     observed_inputs,
     patches,
@@ -76,11 +77,11 @@ def layer_distance(
     """
     parts = []
     if class_share < 1:
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        mean, var = moments(x, (0, 2, 3))
         distance = moments_distance(averaged("mean", mean), averaged("var", var), target.mean, target.var)
         if target.patch_mean is not None and target.patch_var is not None:
             side = round(target.patch_mean.numel() ** 0.5)
-            var, mean = (m.flatten() for m in torch.var_mean(patches(x, side), dim=(0, 1, 3, 5), correction=0))
+            mean, var = (m.flatten() for m in moments(patches(x, side), (0, 1, 3, 5)))
             mean, var = averaged("patch_mean", mean), averaged("patch_var", var)
             distance = distance + moments_distance(mean, var, target.patch_mean, target.patch_var)
         parts.append((1 - class_share) * distance if class_share else distance)

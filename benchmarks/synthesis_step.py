@@ -1,0 +1,348 @@
+"""CPU time of a synthesis step: the engine against a loop structured as the released programs are, and a bare loop.
+
+    python benchmarks/synthesis_step.py [--cells fashion_mnist imagenet_lite] [--pairs 7] [--steps 6] [--batch-size B]
+
+The same pool, batch, images, draws, precision (fp32) and thread for all three. `released` is written from the
+description of PRISM's and SRe2L's programs: the primary is there twice and runs twice, every network of the set runs to
+its logits, moments take two passes over a copy of the activations, and the best cost is looked at in every step. `bare`
+does the engine's own arithmetic with nothing around it. Before anything is timed, the loss terms of a first step must
+agree to 1e-5.
+
+Prints a JSON line per cell: for each set of statistics teachers the milliseconds of CPU time per step and the median
+ratios over interleaved rounds, and the ratios weighted by how often the method draws each set. Ends with 1 if losses
+differ.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from prism_ray.cli.compose import compose  # noqa: E402
+from prism_ray.data.imagenet_names import class_names  # noqa: E402
+from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations  # noqa: E402
+from prism_ray.methods.inversion.engine import Descent, invert  # noqa: E402
+from prism_ray.methods.inversion.objective import Guides, Network, Objective  # noqa: E402
+from prism_ray.methods.inversion.statistics import moments, targets_of  # noqa: E402
+from prism_ray.models.classifier import Classifier, build_classifier, frozen  # noqa: E402
+from prism_ray.models.imagenet_lite import load_imagenet_lite  # noqa: E402
+
+LR, BETAS, EPS = 0.05, (0.5, 0.9), 1e-8
+BN_WEIGHT, FIRST = 0.01, 10.0
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A pool of teachers with a batch for them, as a recipe has it."""
+
+    name: str
+    primary: str
+    teachers: Mapping[str, Classifier]
+    initial: Tensor  # (B, C, S, S), pixels
+    class_ids: Tensor  # (B,)
+    mean: Sequence[float]
+    std: Sequence[float]
+    draws: Augmentations
+    sets: Mapping[tuple[str, ...], float]  # statistics teachers, primary first -> how often they are drawn
+
+    def limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shift, scale = (torch.tensor(list(values)).view(-1, 1, 1) for values in (self.mean, self.std))
+        return shift, scale, (0 - shift) / scale, (1 - shift) / scale
+
+
+Loop = Callable[[Cell, tuple[str, ...], int], tuple[float, float]]
+"""Runs so many steps with a set of statistics teachers; returns the last cross-entropy and statistics term."""
+
+
+def engine(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
+    networks = {name: Network(net, targets_of(net, None, conv=False)) for name, net in cell.teachers.items()}
+    guides = Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
+    result = invert(
+        cell.initial,
+        cell.class_ids,
+        networks=networks,
+        guides=lambda iteration: guides,
+        objective=Objective(bn_weight=BN_WEIGHT, first_bn_multiplier=FIRST),
+        descent=Descent(num_iterations=steps, lr=LR, adam_betas=BETAS),
+        mean=cell.mean,
+        std=cell.std,
+        augmentations=lambda side: cell.draws,
+        antialias=False,
+        seed=0,
+    )
+    return result.loss_ce, result.loss_bn
+
+
+class ReleasedHook:
+    """Distance of one batch norm's input, as the SRe2L family computes it: after the layer, in two passes."""
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        self.distance = torch.zeros(())
+        self.handle = layer.register_forward_hook(self._observe)
+
+    def _observe(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0]
+        mean = x.mean([0, 2, 3])
+        var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+        means, variances = running(layer)
+        self.distance = torch.norm(variances - var, 2) + torch.norm(means - mean, 2)
+
+
+def released(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
+    # A second copy of the primary, as the programs load it.
+    matched = [copy.deepcopy(cell.teachers[name]) if name == cell.primary else cell.teachers[name] for name in chosen]
+    hooks = [[ReleasedHook(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in matched]
+    shift, scale, lowest, highest = cell.limits()
+    x = ((cell.initial - shift) / scale).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=LR, betas=BETAS, eps=EPS)
+    primary, best, best_x = cell.teachers[cell.primary], math.inf, x
+    ce = bn = torch.zeros(())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate(step, steps)
+        pixels = augmented(x, cell.draws, step) * scale + shift
+        optimizer.zero_grad()
+        ce = F.cross_entropy(primary(pixels), cell.class_ids)
+        terms = []
+        for network, own in zip(matched, hooks, strict=True):
+            network(pixels)
+            terms.append(sum(hook.distance * (FIRST if n == 0 else 1.0) for n, hook in enumerate(own)))
+        bn = torch.stack([torch.as_tensor(term) for term in terms]).mean()
+        loss = ce + BN_WEIGHT * bn
+        loss.backward()
+        optimizer.step()
+        for channel in range(x.shape[1]):
+            low, high = float(lowest[min(channel, len(lowest) - 1)]), float(highest[min(channel, len(highest) - 1)])
+            x.data[:, channel] = torch.clamp(x.data[:, channel], low, high)
+        if loss.item() < best:
+            best, best_x = loss.item(), x.data.clone()
+    for hook in itertools.chain(*hooks):
+        hook.handle.remove()
+    del best_x
+    return ce.item(), bn.item()
+
+
+class Complete(Exception):
+    """The last batch norm of a network was seen."""
+
+
+def bare(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
+    distances: dict[str, list[Tensor]] = {name: [] for name in chosen}
+
+    def observe(name: str, count: int, layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        mean, var = moments(inputs[0], (0, 2, 3))
+        own = distances[name]
+        means, variances = running(layer)
+        norms = torch.linalg.vector_norm(mean - means) + torch.linalg.vector_norm(var - variances)
+        own.append(norms if own else FIRST * norms)
+        if name != cell.primary and len(own) == count:
+            raise Complete
+
+    handles = []
+    for name in chosen:
+        layers = [m for m in cell.teachers[name].modules() if isinstance(m, nn.BatchNorm2d)]
+        handles += [m.register_forward_pre_hook(partial(observe, name, len(layers))) for m in layers]
+    shift, scale, lowest, highest = cell.limits()
+    x = ((cell.initial - shift) / scale).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=LR, betas=BETAS, eps=EPS)
+    ce = bn = torch.zeros(())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate(step, steps)
+        pixels = augmented(x, cell.draws, step) * scale + shift
+        for own in distances.values():
+            own.clear()
+        ce = F.cross_entropy(cell.teachers[cell.primary](pixels), cell.class_ids)
+        for name in chosen:
+            if name != cell.primary:
+                with suppress(Complete):
+                    cell.teachers[name](pixels)
+        bn = sum((torch.stack(own).sum() for own in distances.values()), torch.zeros(())) / len(chosen)
+        (x.grad,) = torch.autograd.grad(ce + BN_WEIGHT * bn, [x])
+        optimizer.step()
+        with torch.no_grad():
+            x.clamp_(lowest, highest)
+    for handle in handles:
+        handle.remove()
+    return ce.item(), bn.item()
+
+
+LOOPS: dict[str, Loop] = {"engine": engine, "released": released, "bare": bare}
+
+
+def running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None:
+        raise ValueError("a batch norm without running statistics")
+    return mean, var
+
+
+def rate(step: int, steps: int) -> float:
+    return LR / 2 * (1 + math.cos(math.pi * step / steps))
+
+
+def augmented(x: Tensor, draws: Augmentations, step: int) -> Tensor:
+    """Crop, flip and roll as torchvision's functions do them on tensors, at the engine's draws."""
+    top, left, height, width = (int(a[step]) for a in (draws.top, draws.left, draws.height, draws.width))
+    crop = x[..., top : top + height, left : left + width]
+    crop = F.interpolate(crop, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    if draws.flip[step]:
+        crop = crop.flip(-1)
+    return torch.roll(crop, (int(draws.roll_y[step]), int(draws.roll_x[step])), dims=(-2, -1))
+
+
+def load(name: str, batch_size: int | None) -> Cell:
+    """A recipe's pool; networks that a recipe trains have random weights and the statistics of random images."""
+    config = compose([f"recipe={name}", "method=prism_released"])
+    slots = compose([f"recipe={name}"]).method.statistics_slots
+    size = {"fashion_mnist": (28, 1, 10), "imagenet_lite": (128, 3, 1000)}[name]
+    side, channels, num_classes = size
+    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if channels == 3 else ([0.286], [0.353])
+    generator = torch.Generator().manual_seed(0)
+    teachers = {}
+    for number, key in enumerate(config.teachers.pool):
+        model = config.teachers.models[key]
+        if model.source.startswith("imagenet_lite:"):
+            teachers[key] = frozen(load_imagenet_lite(model.source, input_size=side, class_names=class_names()))
+            continue
+        built = build_classifier(
+            str(model.arch),
+            num_classes=num_classes,
+            in_chans=channels,
+            image_size=side,
+            mean=mean,
+            std=std,
+            model_args=model.model_args,
+            seed=number,
+        )
+        with torch.no_grad():
+            for _ in range(20):
+                built.train()(torch.rand(64, channels, side, side, generator=generator))
+        teachers[key] = frozen(built)
+    count = batch_size or {"fashion_mnist": 50, "imagenet_lite": 8}[name]
+    draws = draw_augmentations(0, 1000, size=side, crop_area_min=0.08, flip_probability=0.5, roll_max=side // 7)
+    primary = str(config.teachers.primary)
+    return Cell(
+        name=name,
+        primary=primary,
+        teachers=teachers,
+        initial=torch.rand(count, channels, side, side, generator=generator),
+        class_ids=torch.arange(count) % num_classes,
+        mean=mean,
+        std=std,
+        draws=draws,
+        sets=law(primary, [key for key in teachers if key != primary], slots),
+    )
+
+
+def law(primary: str, others: Sequence[str], slots: int) -> dict[tuple[str, ...], float]:
+    """How often each set is drawn: Binomial(slots, 1/2) of the others, all sets of a size equally."""
+    found = {}
+    for size in range(slots + 1):
+        sets = list(itertools.combinations(others, size))
+        for chosen in sets:
+            found[(primary, *chosen)] = math.comb(slots, size) / 2**slots / len(sets)
+    return found
+
+
+def agree(cell: Cell) -> float:
+    """Largest relative difference of a first step's loss terms over all sets."""
+    worst = 0.0
+    for chosen in cell.sets:
+        terms = {name: loop(cell, chosen, 1) for name, loop in LOOPS.items()}
+        for name in ("released", "bare"):
+            pairs = zip(terms["engine"], terms[name], strict=True)
+            worst = max(worst, *(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs))
+    return worst
+
+
+def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
+    """Interleaved: each round runs the three loops one after another, in an order that rotates."""
+    times: dict[tuple[str, ...], dict[str, list[float]]] = {
+        chosen: {name: [] for name in LOOPS} for chosen in cell.sets
+    }
+    for number in range(pairs + 1):  # the first round warms up
+        for chosen in cell.sets:
+            names = list(LOOPS)
+            for name in names[number % 3 :] + names[: number % 3]:
+                began = time.process_time()
+                LOOPS[name](cell, chosen, steps)
+                if number:
+                    times[chosen][name].append((time.process_time() - began) / steps)
+    sets = []
+    totals = dict.fromkeys(LOOPS, 0.0)
+    for chosen, share in cell.sets.items():
+        own = times[chosen]
+        ratios = {
+            other: [b / a for a, b in zip(own["engine"], own[other], strict=True)] for other in ("released", "bare")
+        }
+        for name in LOOPS:
+            totals[name] += share * median(own[name])
+        sets.append(
+            {
+                "set": list(chosen),
+                "share": round(share, 4),
+                "ms": {name: round(1e3 * median(values), 2) for name, values in own.items()},
+                "released_over_engine": spread(ratios["released"]),
+                "engine_over_bare": spread([1 / ratio for ratio in ratios["bare"]]),
+            }
+        )
+    return {
+        "cell": cell.name,
+        "images": len(cell.initial),
+        "pixels": cell.initial.shape[-1],
+        "released_over_engine": round(totals["released"] / totals["engine"], 3),
+        "engine_over_bare": round(totals["engine"] / totals["bare"], 3),
+        "sets": sets,
+    }
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Median, least and largest."""
+    return [round(value, 3) for value in (median(values), min(values), max(values))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=["fashion_mnist", "imagenet_lite"])
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="of each loop and round")
+    parser.add_argument("--batch-size", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)
+    where = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "pairs": options.pairs}
+    where |= {"steps": options.steps, "commit": commit.stdout.strip()}
+    failed = False
+    for name in options.cells:
+        cell = load(name, options.batch_size)
+        difference = agree(cell)
+        failed |= difference > TOLERANCE
+        result = measure(cell, pairs=options.pairs, steps=options.steps)
+        load_average = round(os.getloadavg()[0], 1)
+        print(json.dumps({**result, "loss_difference": difference, "load": load_average, **where}), flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
