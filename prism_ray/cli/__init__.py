@@ -155,6 +155,14 @@ def _report(overrides: list[str]) -> ExitCode:
     return ExitCode.done
 
 
+def _show(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    print(printable(inspection.show(config)))
+    return ExitCode.done
+
+
 def _export(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
     from prism_ray.export import export
@@ -170,11 +178,18 @@ def _export(overrides: list[str]) -> ExitCode:
 
 def _doctor(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
-    from prism_ray import inspection
+    from prism_ray.doctor import doctor_text
 
-    text, healthy = inspection.doctor_text(config)
-    print(text)
+    text, healthy = doctor_text(config)
+    print(printable(text))
     return ExitCode.done if healthy else ExitCode.failure
+
+
+def _config(overrides: list[str]) -> ExitCode:
+    from prism_ray.cli.settings import settings_text
+
+    print(settings_text(overrides))
+    return ExitCode.done
 
 
 def _command(verb: str, overrides: list[str]) -> str:
@@ -189,6 +204,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
     "verify": (_verify, "compare every object with its checksum (repair=true: make damaged ones again)"),
     "retry": (_retry, "try quarantined units again"),
     "report": (_report, "write a run's report again"),
+    "show": (_show, "a contact sheet of a run's images as a PNG: show recipe=digits out=digits.png"),
     "export": (_export, "a run's images and students for other programs: export export.formats=[timm,onnx,hf]"),
+    "config": (_config, "every setting with its meaning, unit, type, default and check: config method.guidance"),
     "doctor": (_doctor, "what this machine and this installation can do"),
 }

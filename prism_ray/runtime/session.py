@@ -51,6 +51,11 @@ def _visible_gpus() -> int:
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
+def ray_version() -> str:
+    """Version of Ray, which is imported for it: one that is broken fails here, with its own reason."""
+    return str(importlib.import_module("ray").__version__)
+
+
 def cluster_address(compute: ComputeConfig) -> str | None:
     """The cluster to join, None for a local one."""
     address = compute.address or os.environ.get("RAY_ADDRESS")
