@@ -163,6 +163,28 @@ def _show(overrides: list[str]) -> ExitCode:
     return ExitCode.done
 
 
+def _init(overrides: list[str]) -> ExitCode:
+    from prism_ray.first_recipe import KEYS, first_recipe
+    from prism_ray.storage import check_new_file, write_new_file
+
+    given = {override.partition("=")[0] for override in overrides}
+    unknown = [key for key in given if key not in KEYS]
+    if unknown or "dataset.path" not in given:
+        wrong = f"{unknown[0]!r} is none of its settings" if unknown else "dataset.path is missing"
+        raise InputError(
+            f"init: {wrong}; expected dataset.path=FOLDER with a folder for each class, and if wanted "
+            f"{', '.join(key for key in KEYS if key != 'dataset.path')}; set others in the recipe that it writes"
+        )
+    config = compose(["dataset=image_folder", *overrides])
+    if config.out is not None:
+        check_new_file(config.out, suffix=".yaml")
+    recipe = first_recipe(config, given=given)
+    check_new_file(recipe.path, suffix=".yaml")
+    write_new_file(recipe.path, recipe.text.encode())
+    print(printable(recipe.summary))
+    return ExitCode.done
+
+
 def _export(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
     from prism_ray.export import export
@@ -197,6 +219,7 @@ def _command(verb: str, overrides: list[str]) -> str:
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
+    "init": (_init, "a recipe for your own folder of images: init dataset.path=/data/birds out=birds.yaml"),
     "run": (_run, "make a data set and all that belongs to it: run recipe=digits method=prism"),
     "bench": (_bench, "several methods under one protocol, one report: bench suite=digits"),
     "plan": (_plan, "units, images, bytes and operations of a run; starts nothing"),
