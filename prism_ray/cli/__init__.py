@@ -56,15 +56,27 @@ def _run_verb(verb: str, overrides: list[str]) -> ExitCode:
     return function(overrides)
 
 
+EXAMPLES = (
+    "prism-ray run recipe=digits method=prism            try it: data, teachers, images, labels, students, report",
+    "prism-ray show recipe=digits method=prism           look at the images of that run",
+    "prism-ray init dataset.path=/data/birds             write birds.yaml for photos of your own, then",
+    "prism-ray run recipe=birds.yaml                     make a small set that stands for them",
+    "prism-ray plan recipe=birds.yaml method.iterations=2000    what would it cost; starts nothing",
+    "prism-ray bench suite=digits                        several methods side by side",
+    "prism-ray config method.iterations                  what a setting means",
+)
+
+
 def help_text() -> str:
     """What `prism-ray --help` prints."""
     lines = [f"prism-ray {__version__}: makes training sets out of models", "", "  prism-ray VERB [key=value ...]", ""]
     lines += [f"  {verb:8} {text}" for verb, (_, text) in VERBS.items()]
     lines.append("")
     lines += [f"  {group}={'|'.join(group_names(group))}" for group in (*GROUPS, "suite")]
+    lines += ["", "Examples", *(f"  {example}" for example in EXAMPLES)]
     lines += [
         "",
-        "  Any setting of prism_ray/config.py is a key: method.iterations=500 student.seeds=[0,1] storage=DIR",
+        "  `prism-ray config` lists every key: method.iterations=500 student.seeds=[0,1] storage=DIR",
         "  The same command, run again, continues. Exit codes: 0 done, 1 failure, 2 bad input, 3 done but units",
         "  quarantined, 75 stopped by SIGTERM (run again to continue), 130 interrupted.",
     ]
