@@ -1,4 +1,4 @@
-"""What a stranger meets first: help, the list of settings, the doctor, a recipe for one's own photos, a contact sheet."""
+"""What a stranger meets first: help, the list of settings, the doctor, a recipe for own photos, a contact sheet."""
 
 import json
 import shutil
