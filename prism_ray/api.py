@@ -212,6 +212,7 @@ def load_images(run_folder: str) -> Images:
     tables = [read_columns(store, receipt.key, columns) for _, receipt in sorted(receipts.items())]
     rows = [row for table in tables for row in table.to_pylist()]
     rows.sort(key=lambda row: (row["label"], row["index_in_class"]))
-    pixels = [np.atleast_3d(decode(row["image"]["bytes"], row["image_id"])).transpose(2, 0, 1) for row in rows]
+    decoded = [np.asarray(decode(row["image"]["bytes"], row["image_id"])) for row in rows]
+    pixels = [np.atleast_3d(image).transpose(2, 0, 1) for image in decoded]
     class_ids = np.array([row["label"] for row in rows], dtype=np.int64)
     return Images(np.stack(pixels), class_ids, class_names_of(tables[0].schema) or [])

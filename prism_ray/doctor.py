@@ -1,8 +1,10 @@
 """The verb `doctor`: what this machine and this installation can do, each finding with what to do about it."""
 
+import importlib.metadata
 import importlib.util
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from prism_ray.errors import PrismError, one_line
 from prism_ray.options import Executor
 from prism_ray.report.format import format_bytes
 from prism_ray.runs import PACKAGES, versions
-from prism_ray.runtime.session import cluster_address, local_resources, preflight, ray_version
+from prism_ray.runtime.session import check_ray, cluster_address, local_resources, preflight
 from prism_ray.storage import LocalStore, open_store
 
 PYTHONS = ((3, 11), (3, 14))
@@ -85,7 +87,7 @@ def _examined(name: str, probe: Callable[[], Finding], remedy: str) -> Finding:
         return probe()
     except PrismError as error:
         return Finding(name, one_line(error), Level.bad, remedy)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return Finding(name, one_line(error), Level.bad, remedy)
 
 
@@ -148,9 +150,10 @@ def _xformers() -> Finding:
 
 
 def _ray(config: Config) -> Finding:
-    version = ray_version()
+    version = importlib.metadata.version("ray")
     if config.compute.executor is Executor.inline:
         return Finding("ray", f"{version}, not used (compute=inline)")
+    check_ray()
     preflight(config.compute)
     address = cluster_address(config.compute)
     return Finding(

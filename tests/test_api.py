@@ -1,6 +1,7 @@
 """The Python API: five names, cheap to import, whose documentation runs, and which need neither Ray nor files."""
 
 import doctest
+import json
 import os
 import subprocess
 import sys
@@ -26,9 +27,9 @@ def teacher(seed: int = 0, arch: str = "prism_vgg", **sizes: Any) -> Classifier:
 
 
 def imported_by(program: str) -> set[str]:
-    code = f"import sys; {program}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    code = f"import json, sys; {program}; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    return set(eval(asked.stdout))
+    return set(json.loads(asked.stdout))
 
 
 def test_its_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
