@@ -356,14 +356,8 @@ def finished(at_hand: Path, storage: Path) -> Path:
     return at_hand
 
 
-@pytest.mark.parametrize(
-    "heading",
-    [
-        "Adding a method",
-        pytest.param("Adding a teacher", marks=pytest.mark.slow),
-        pytest.param("Adding a data set", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", ["Adding a method", "Adding a teacher", "Adding a data set"])
 def test_what_is_added_by_the_guide_is_used_by_a_run(finished: Path, prism: Command, heading: str) -> None:
     before = {path.name for path in (finished / "outputs/runs").iterdir()}
     assert followed(section(heading), prism, finished) == ["run"]

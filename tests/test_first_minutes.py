@@ -204,12 +204,12 @@ def test_what_is_given_is_not_chosen(prism: Command, photos: Path, here: Path) -
     assert (config.dataset.test_fraction, config.dataset.licence) == (0.5, "CC0-1.0")
 
 
-@pytest.mark.parametrize("name", ["ünï 数字", 'it\'s "x"', "#hash: {x}"])
-def test_a_folder_may_have_any_name(prism: Command, here: Path, name: str) -> None:
+def test_a_folder_may_have_any_name(prism: Command, here: Path) -> None:
+    name = 'ünï 数字, it\'s "x" #hash: {x}'
     gray_letters(here / name)
     assert prism.bare("init", f"dataset.path={here}/{name}", "out=r.yaml").code == 0
     assert compose(["recipe=r.yaml"]).dataset.path == f"{here}/{name}"
-    assert yaml.safe_load((here / "r.yaml").read_text())["dataset"]["name"]
+    assert yaml.safe_load((here / "r.yaml").read_text())["dataset"]["name"] == "n_it_s_x_hash_x"
 
 
 def test_a_recipe_is_never_written_over(prism: Command, photos: Path, here: Path) -> None:
