@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from prism_ray import cli, pipeline
+from prism_ray.artifacts import artifact_facts
 from prism_ray.config import Config, Row
 from prism_ray.generation import calibration_item
 from prism_ray.plan import Unit, energy_teachers
@@ -33,7 +34,7 @@ from prism_ray.stages.calibration import make_calibration, margins_of
 from prism_ray.stages.device import deterministic, fingerprint, pick_device, teacher_of
 from prism_ray.stages.guided import GuidedSampler, Margins
 from prism_ray.stages.sampling_parts import prompts_by_class, prompts_of, sampler_for
-from prism_ray.work import RunSpec, artifact_facts
+from prism_ray.work import RunSpec
 
 
 def prepared(config: Config) -> tuple[RunSpec, list[Unit], float]:

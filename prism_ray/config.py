@@ -637,6 +637,13 @@ class Config:
     stages: list[str] = setting([], doc="stages to run, in pipeline order; empty: all", output=False)
     max_images: int = setting(2_000_000, doc="refuse a plan of more images than this", check=at_least_one, output=False)
     export: ExportConfig = setting(ExportConfig, doc="verb export", output=False)
+    out: str | None = setting(
+        None,
+        doc="init, show: file to write, never over one that is there; null: init CLASSFOLDER.yaml here, "
+        "show report/images.png in the run folder",
+        check=not_empty,
+        output=False,
+    )
     repair: bool = setting(False, doc="verify: recompute what is damaged at once", output=False)
     dataset: DatasetConfig = setting(doc="real data")
     teachers: TeachersConfig = setting(doc="trained classifiers")

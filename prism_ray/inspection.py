@@ -1,19 +1,14 @@
-"""Verbs that look and do not make: plan, verify, retry, report, doctor."""
+"""Verbs that look and do not make: plan, verify, retry, report, show."""
 
-import importlib.util
-import os
-import platform
-import shutil
 from dataclasses import dataclass
-from typing import Any
 
-from prism_ray import __version__, summary
+from prism_ray import summary
 from prism_ray.artifacts import artifact_facts, damaged_files, local_folder
 from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_steps
 from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
-from prism_ray.errors import InputError, PrismError, one_line, within
+from prism_ray.errors import InputError, PrismError, within
 from prism_ray.generation import TRAIN
 from prism_ray.identity import run_id
 from prism_ray.ledger import MANIFEST, Ledger
@@ -31,11 +26,12 @@ from prism_ray.plan import (
     used_teachers,
 )
 from prism_ray.report.format import format_bytes
-from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require, versions
-from prism_ray.runtime.session import cluster_address, local_resources
+from prism_ray.runs import PINS, TEACHER_PIN, Run, locate, require
 from prism_ray.staging import found_here
-from prism_ray.storage import LocalStore, is_remote, open_store, read_json
+from prism_ray.storage import check_new_file, is_remote, open_store, read_json, write_new_file
 from prism_ray.work import DISTILL, RELABEL, SYNTHESIZE, weights_sha256
+
+CONTACT_SHEET = "report/images.png"
 
 
 def describe(config: Config) -> str:
@@ -281,6 +277,31 @@ def retry(config: Config) -> int:
         return run.ledger.retry()
 
 
+def show(config: Config) -> str:
+    """Draw a contact sheet of a run's images; returns where it is and what is on it.
+
+    Raises:
+        InputError: the run has no images yet, or the file to write is there already.
+    """
+    run = open_existing(config)
+    receipts = run.ledger.receipts(SYNTHESIZE)
+    if not receipts:
+        raise InputError(f"{describe(config)}: has no images yet; start the run first")
+    if config.out is not None:
+        check_new_file(config.out, suffix=".png")
+    from prism_ray.report.contact_sheet import draw_contact_sheet  # imports matplotlib and PIL
+
+    assert run.dataset is not None
+    shards = [run.store.url_of(receipt.key) for _, receipt in sorted(receipts.items())]
+    sheet = draw_contact_sheet(shards, run.spec().class_ids(), run.dataset.class_names)
+    if config.out is None:
+        run.store.put(CONTACT_SHEET, sheet.png)
+    else:
+        write_new_file(config.out, sheet.png)
+    where = config.out or run.store.url_of(CONTACT_SHEET)
+    return f"{where}: {sheet.num_images} images of {sheet.num_classes} classes"
+
+
 def rewrite_report(config: Config, *, command: str) -> str:
     """Make the report and the card again from what is on disk; returns where the report is."""
     run = open_existing(config)
@@ -294,67 +315,3 @@ def rewrite_report(config: Config, *, command: str) -> str:
         )
     report = summary.write_reports([run], title=run.name, command=command, suite=None, always=True)
     return f"look at the report:  {report}"
-
-
-# doctor
-
-
-def doctor_text(config: Config) -> tuple[str, bool]:
-    """What this machine and this installation can do, line by line, and whether a run can start."""
-    checks = [
-        _check("python", lambda: f"{platform.python_version()} on {platform.machine()}"),
-        _check("packages", lambda: ", ".join(f"{k} {v}" for k, v in versions().items())),
-        _check("torch", _torch_facts),
-        _check("xformers", _xformers_facts),
-        _check("machine", lambda: _machine_facts(config)),
-        _check("cluster", lambda: cluster_address(config.compute) or "a local one, started with each command"),
-        _check("storage", lambda: _storage_facts(config)),
-    ]
-    lines = [f"prism-ray {__version__}"]
-    lines += [f"  {'ok ' if healthy else 'BAD'} {name:9} {text}" for name, text, healthy in checks]
-    return "\n".join(lines), all(healthy for *_, healthy in checks)
-
-
-def _check(name: str, probe: Any) -> tuple[str, str, bool]:
-    try:
-        return name, probe(), True
-    except (PrismError, ImportError, OSError, RuntimeError) as error:
-        return name, one_line(error), False
-
-
-def _torch_facts() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"no GPU, {torch.backends.cpu.get_cpu_capability()} kernels on the CPU"
-    return ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
-
-
-def _xformers_facts() -> str:
-    """Present, absent and present-but-broken are all fine: attention falls back to PyTorch's own."""
-    if importlib.util.find_spec("xformers") is None:
-        return "not installed; PyTorch's own attention is used"
-    try:
-        importlib.import_module("xformers.ops")
-    except Exception as error:
-        return f"installed but does not load ({one_line(error)[:80]}); PyTorch's own attention is used"
-    return "installed"
-
-
-def _machine_facts(config: Config) -> str:
-    cpus, gpus = local_resources(config.compute)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{cpus:g} CPUs, {gpus:g} GPUs, {format_bytes(memory)} of memory"
-
-
-def _storage_facts(config: Config) -> str:
-    store = open_store(config.storage)
-    if not isinstance(store, LocalStore):
-        store.check_writable()
-        return f"{store.url} is writable"
-    existed = store.root.exists()
-    store.check_writable()
-    free = shutil.disk_usage(store.root).free
-    if not existed:
-        store.root.rmdir()
-    return f"{store.url} is writable, {format_bytes(free)} free"

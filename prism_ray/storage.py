@@ -308,6 +308,34 @@ def _object_store(url: str) -> ObjectStore:
     return ObjectStore(url)
 
 
+def check_new_file(path: str, *, suffix: str) -> None:
+    """Refuse a file to write that is there already, has no folder, or is called what it is not.
+
+    Raises:
+        InputError: as said, with `out=`, the setting that names it.
+    """
+    file = Path(path)
+    if file.suffix.lower() != suffix:
+        raise InputError(f"out={path!r}: expected a name that ends in {suffix}; rename it")
+    if file.exists() or file.is_symlink():
+        raise InputError(f"out={path!r}: is there already, and nothing is written over it; choose another name")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"out={path!r}: its folder does not exist; make it, or choose another")
+
+
+def write_new_file(path: str, data: bytes) -> None:
+    """Write a file that was not there.
+
+    Raises:
+        InputError: it appeared meanwhile, or may not be written.
+    """
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except OSError as error:
+        raise InputError(f"out={path!r}: cannot be written ({error.strerror}); choose another") from error
+
+
 def sha256_of(data: bytes) -> str:
     """Hex digest of an object's content."""
     return hashlib.sha256(data).hexdigest()

@@ -56,15 +56,27 @@ def _run_verb(verb: str, overrides: list[str]) -> ExitCode:
     return function(overrides)
 
 
+EXAMPLES = (
+    "prism-ray run recipe=digits method=prism            try it: data, teachers, images, labels, students, report",
+    "prism-ray show recipe=digits method=prism           look at the images of that run",
+    "prism-ray init dataset.path=/data/birds             write birds.yaml for photos of your own, then",
+    "prism-ray run recipe=birds.yaml                     make a small set that stands for them",
+    "prism-ray plan recipe=birds.yaml method.iterations=2000    what would it cost; starts nothing",
+    "prism-ray bench suite=digits                        several methods side by side",
+    "prism-ray config method.iterations                  what a setting means",
+)
+
+
 def help_text() -> str:
     """What `prism-ray --help` prints."""
     lines = [f"prism-ray {__version__}: makes training sets out of models", "", "  prism-ray VERB [key=value ...]", ""]
     lines += [f"  {verb:8} {text}" for verb, (_, text) in VERBS.items()]
     lines.append("")
     lines += [f"  {group}={'|'.join(group_names(group))}" for group in (*GROUPS, "suite")]
+    lines += ["", "Examples", *(f"  {example}" for example in EXAMPLES)]
     lines += [
         "",
-        "  Any setting of prism_ray/config.py is a key: method.iterations=500 student.seeds=[0,1] storage=DIR",
+        "  `prism-ray config` lists every key: method.iterations=500 student.seeds=[0,1] storage=DIR",
         "  The same command, run again, continues. Exit codes: 0 done, 1 failure, 2 bad input, 3 done but units",
         "  quarantined, 75 stopped by SIGTERM (run again to continue), 130 interrupted.",
     ]
@@ -155,6 +167,36 @@ def _report(overrides: list[str]) -> ExitCode:
     return ExitCode.done
 
 
+def _show(overrides: list[str]) -> ExitCode:
+    config = compose(overrides)
+    from prism_ray import inspection
+
+    print(printable(inspection.show(config)))
+    return ExitCode.done
+
+
+def _init(overrides: list[str]) -> ExitCode:
+    from prism_ray.first_recipe import KEYS, first_recipe
+    from prism_ray.storage import check_new_file, write_new_file
+
+    given = {override.partition("=")[0] for override in overrides}
+    unknown = [key for key in given if key not in KEYS]
+    if unknown or "dataset.path" not in given:
+        wrong = f"{unknown[0]!r} is none of its settings" if unknown else "dataset.path is missing"
+        raise InputError(
+            f"init: {wrong}; expected dataset.path=FOLDER with a folder for each class, and if wanted "
+            f"{', '.join(key for key in KEYS if key != 'dataset.path')}; set others in the recipe that it writes"
+        )
+    config = compose(["dataset=image_folder", *overrides])
+    if config.out is not None:
+        check_new_file(config.out, suffix=".yaml")
+    recipe = first_recipe(config, given=given)
+    check_new_file(recipe.path, suffix=".yaml")
+    write_new_file(recipe.path, recipe.text.encode())
+    print(printable(recipe.summary))
+    return ExitCode.done
+
+
 def _export(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
     from prism_ray.export import export
@@ -170,11 +212,18 @@ def _export(overrides: list[str]) -> ExitCode:
 
 def _doctor(overrides: list[str]) -> ExitCode:
     config = compose(overrides)
-    from prism_ray import inspection
+    from prism_ray.doctor import doctor_text
 
-    text, healthy = inspection.doctor_text(config)
-    print(text)
+    text, healthy = doctor_text(config)
+    print(printable(text))
     return ExitCode.done if healthy else ExitCode.failure
+
+
+def _config(overrides: list[str]) -> ExitCode:
+    from prism_ray.cli.settings import settings_text
+
+    print(settings_text(overrides))
+    return ExitCode.done
 
 
 def _command(verb: str, overrides: list[str]) -> str:
@@ -182,6 +231,7 @@ def _command(verb: str, overrides: list[str]) -> str:
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
+    "init": (_init, "a recipe for your own folder of images: init dataset.path=/data/birds out=birds.yaml"),
     "run": (_run, "make a data set and all that belongs to it: run recipe=digits method=prism"),
     "bench": (_bench, "several methods under one protocol, one report: bench suite=digits"),
     "plan": (_plan, "units, images, bytes and operations of a run; starts nothing"),
@@ -189,6 +239,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
     "verify": (_verify, "compare every object with its checksum (repair=true: make damaged ones again)"),
     "retry": (_retry, "try quarantined units again"),
     "report": (_report, "write a run's report again"),
+    "show": (_show, "a contact sheet of a run's images as a PNG: show recipe=digits out=digits.png"),
     "export": (_export, "a run's images and students for other programs: export export.formats=[timm,onnx,hf]"),
+    "config": (_config, "every setting with its meaning, unit, type, default and check: config method.guidance"),
     "doctor": (_doctor, "what this machine and this installation can do"),
 }

@@ -86,7 +86,7 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 REFERENCES = ("random_real", "full_data", "baseline")
-SHARED = ("recipe", "run_id", "suite", "storage", "stages", "compute", "export", "repair")
+SHARED = ("recipe", "run_id", "suite", "storage", "stages", "compute", "export", "out", "repair")
 """Settings that the runs of a suite have in common."""
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from prism_ray.signals import end_children
 
 CONNECT_TIMEOUT_S = 3.0
 LOOK_TIMEOUT_S = 10.0
+IMPORT_TIMEOUT_S = 120.0
 METADATA = (b"CLUSTER_METADATA", b"cluster")
 """Key and namespace under which a cluster keeps its versions."""
 
@@ -49,6 +51,19 @@ def _visible_gpus() -> int:
         return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1", "NoDevFiles")])
     folder = Path("/proc/driver/nvidia/gpus")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def check_ray() -> None:
+    """Import Ray in a process of its own, which a broken one may end.
+
+    Raises:
+        PrismError: with the last line of what it says.
+    """
+    command = [sys.executable, "-c", "import ray"]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False)
+    if tried.returncode:
+        last = (tried.stderr.strip() or f"exit code {tried.returncode}").splitlines()[-1]
+        raise PrismError(f"Ray {version('ray')} cannot be imported ({shortened(last)})")
 
 
 def cluster_address(compute: ComputeConfig) -> str | None:
