@@ -13,10 +13,10 @@ demo: $(VENV)/.installed  ## PRISM, SRe2L and random real images on scikit-learn
 	$(BIN)/prism-ray bench suite=digits storage=$(STORAGE)
 
 test: $(VENV)/.installed-dev check  ## linters, types, import contracts and the tests that take seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=25
 
 test-full: $(VENV)/.installed-dev check  ## all tests, those that take minutes too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -9,8 +9,9 @@ does the engine's own arithmetic with nothing around it. Before anything is time
 agree to 1e-5.
 
 Prints a JSON line per cell: for each set of statistics teachers the milliseconds of CPU time per step and the median
-ratios over interleaved rounds, and the ratios weighted by how often the method draws each set. Ends with 1 if losses
-differ.
+ratios over interleaved rounds, and the ratios weighted by how often the method draws each set; the engine's operations
+per second, as a share of the most that a convolution or a matrix product reaches here; and the operators where a step
+of the largest set spends its time. Ends with 1 if losses differ.
 """
 
 import argparse
@@ -38,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from prism_ray.cli.compose import compose  # noqa: E402
 from prism_ray.data.imagenet_names import class_names  # noqa: E402
@@ -290,6 +292,7 @@ def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
                 if number:
                     times[chosen][name].append((time.process_time() - began) / steps)
     sets = []
+    peak = peak_gflops()
     totals = dict.fromkeys(LOOPS, 0.0)
     for chosen, share in cell.sets.items():
         own = times[chosen]
@@ -305,6 +308,7 @@ def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
                 "ms": {name: round(1e3 * median(values), 2) for name, values in own.items()},
                 "released_over_engine": spread(ratios["released"]),
                 "engine_over_bare": spread([1 / ratio for ratio in ratios["bare"]]),
+                "gflops": round(operations(cell, chosen) / median(own["engine"]) / 1e9, 1),
             }
         )
     return {
@@ -313,8 +317,45 @@ def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
         "pixels": cell.initial.shape[-1],
         "released_over_engine": round(totals["released"] / totals["engine"], 3),
         "engine_over_bare": round(totals["engine"] / totals["bare"], 3),
+        "peak_gflops": round(peak, 1),
+        "share_of_peak": spread([found["gflops"] / peak for found in sets]),
+        "operators_percent": operators(cell, list(cell.sets)[-1], steps=steps),
         "sets": sets,
     }
+
+
+def operations(cell: Cell, chosen: tuple[str, ...]) -> int:
+    """Floating-point operations of one step of the engine, convolutions and products alone; a multiply-add is two."""
+    with FlopCounterMode(display=False) as counter:
+        engine(cell, chosen, 1)
+    return counter.get_total_flops()
+
+
+def peak_gflops() -> float:
+    """The most that this machine reaches in one thread, over a few shapes that suit it."""
+    left = torch.randn(768, 768)
+    images, weights = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 3, 3)
+    runs: list[tuple[Callable[[], Tensor], float]] = [
+        (lambda: left @ left, 2 * 768**3),
+        (lambda: F.conv2d(images, weights, padding=1), 2 * images.numel() * 64 * 9),
+    ]
+    best = 0.0
+    for run, count in runs:
+        for _ in range(20):
+            began = time.process_time()
+            run()
+            best = max(best, count / (time.process_time() - began) / 1e9)
+    return best
+
+
+def operators(cell: Cell, chosen: tuple[str, ...], *, steps: int) -> dict[str, float]:
+    """Percent of a step's CPU time in each operator itself, the ten largest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine(cell, chosen, steps)
+    found = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    total = sum(found.values())
+    largest = sorted(found, key=lambda key: -found[key])[:10]
+    return {key: round(100 * found[key] / total, 1) for key in largest}
 
 
 def spread(values: Sequence[float]) -> list[float]:
