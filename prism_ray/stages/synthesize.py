@@ -52,7 +52,6 @@ from prism_ray.stages.statistics import targets_for
 from prism_ray.stages.unfinished import Unfinished
 from prism_ray.work import LOSS_HISTORY, LOST, SYNTHESIZE, RunSpec, image_receipt, without_lost
 
-
 LOSS_POINTS = 32
 """Iterations of a unit whose loss terms its receipt has, beside the last one."""
 
