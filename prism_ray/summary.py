@@ -15,13 +15,17 @@ from prism_ray.report.contents import (
     KINDS,
     MEASURES,
     SET_MEASURES,
+    Confusion,
     Cosine,
     DatasetFacts,
     Diversity,
     Energies,
+    FileFacts,
     Judged,
     Measured,
+    Neighbors,
     Paths,
+    Plane,
     Quarantined,
     RunSummary,
     SearchResult,
@@ -32,7 +36,7 @@ from prism_ray.report.contents import (
 )
 from prism_ray.runs import PINS, TEACHER_PIN, Run, versions
 from prism_ray.storage import Store, is_remote, open_store, read_json, to_json
-from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr, lost_images
+from prism_ray.work import DISTILL, DIVERSITY, LOSS_HISTORY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr, lost_images
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
@@ -79,6 +83,9 @@ def summarize(run: Run) -> RunSummary:
     config, dataset = run.config, run.dataset
     assert dataset is not None
     images, labels = run.ledger.receipts(SYNTHESIZE), run.ledger.receipts(RELABEL)
+    published = [
+        receipt for stage in (SYNTHESIZE, RELABEL, DISTILL) for _, receipt in sorted(run.ledger.receipts(stage).items())
+    ]
     num_images, seconds = sum(r.rows for r in images.values()), sum(r.seconds for r in images.values())
     optimized = config.method.engine is Engine.inversion
     made = config.method.engine in (Engine.inversion, Engine.diffusion)
@@ -128,14 +135,25 @@ def summarize(run: Run) -> RunSummary:
         diversity=diversity,
         energies=[Energies(**found) for found in measures.get("energies", [])],
         judges=[Judged(**judged) for judged in measures.get("judges", [])],
+        plane=Plane(**measures["points"]) if measures.get("points") else None,
+        neighbors=Neighbors(**measures["neighbors"]) if measures.get("neighbors") else None,
+        confusions=[Confusion(**found) for found in measures.get("confusions", [])],
         split=config.evaluate.split.name,
         num_measured=_num_measured(run),
         budget=[per_slice[k] for k in sorted(per_slice)] if optimized else [],
         versions=versions(),
+        environment={key: str(value) for key, value in (read_json(run.store, "environment.json") or {}).items()},
+        devices=sorted({receipt.fingerprint.partition("|")[0] for receipt in published if receipt.fingerprint}),
+        files=[FileFacts(key=r.key, bytes=r.bytes, sha256=r.sha256) for r in published],
         shards=[run.store.url_of(receipt.key) for _, receipt in sorted(images.items())],
         real_images=dataset.addresses("train") if dataset.num_images("train") else [],
         loss_curve=[
-            UnitLosses(unit_id=r.name, ce=r.details.get("loss_ce"), bn=r.details.get("loss_bn"))
+            UnitLosses(
+                unit_id=r.name,
+                ce=r.details.get("loss_ce"),
+                bn=r.details.get("loss_bn"),
+                history=r.details.get(LOSS_HISTORY, []),
+            )
             for _, r in sorted(images.items())
         ]
         if optimized
@@ -220,6 +238,7 @@ def _students(run: Run) -> list[StudentResult]:
                     images_per_s=details.get("images_per_s"),
                     data_wait_share=details.get("data_wait_share"),
                     shifts=details.get("shifts", {}),
+                    confusion=details.get("confusion"),
                 )
             )
     return results

@@ -23,7 +23,7 @@ from prism_ray.weights import find_weights, is_folder
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
 DIVERSITY = "metrics/diversity.json"
-DIVERSITY_VERSION = 3
+DIVERSITY_VERSION = 4
 """Raised when it holds other measures, so that old ones are made again."""
 LOST = "lost_images"
 """In the details of a receipt of images: those that could not be made, with their reasons."""

@@ -11,7 +11,7 @@ from PIL import Image
 from report_samples import CLASS_NAMES, SummaryMaker, gray, png, write_images, write_real
 
 from prism_ray.errors import InputError
-from prism_ray.report.gallery import MAX_CLASSES, MAX_SIDE, Picture, build_gallery, first_images
+from prism_ray.report.gallery import MARKUP_BYTES, MAX_CLASSES, MAX_SIDE, Picture, build_gallery, first_images
 
 
 def stored(picture: Picture) -> bytes:
@@ -79,7 +79,12 @@ def test_a_run_without_shards_has_no_row(make_summary: SummaryMaker) -> None:
 def test_the_limit_takes_images_of_each_row_before_classes(make_summary: SummaryMaker) -> None:
     summary = make_summary("a")
     full = build_gallery([summary])
-    cost = sum(len(p.uri) + 160 for entry in full.classes for row in entry.rows for p in row.pictures[:1])
+    cost = sum(
+        len(p.uri) + len(p.origin) + MARKUP_BYTES
+        for entry in full.classes
+        for row in entry.rows
+        for p in row.pictures[:1]
+    )
     tight = build_gallery([summary], max_bytes=cost)
     assert (len(tight.classes), tight.images_per_row) == (3, 1)
     tighter = build_gallery([summary], max_bytes=cost - 1)
