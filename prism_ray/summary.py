@@ -316,9 +316,6 @@ def write_reports(
     from prism_ray.report.card import render_card
     from prism_ray.report.html import render_report
     from prism_ray.report.origins import licences_of
-    from prism_ray.report.pooling import pooled
-    from prism_ray.report.ranking import score_rows
-    from prism_ray.report.results import results_csv, results_markdown
 
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
@@ -332,9 +329,42 @@ def write_reports(
             run.store.put("report/summary.json", to_json(contents))
     if suite is None:
         return _link(runs[0].store, "report/report.html")
-    cells = pooled(summaries)
     folder = f"benches/{suite}-{content_hash([run.name for run in runs])[:12]}"
     root = open_store(runs[0].config.storage)
+    return _write_comparison(summaries, root, folder, title=title, command=command, references=references)
+
+
+def write_comparison(runs: Sequence[Run], *, storage: str, command: str, references: Mapping[str, str]) -> str:
+    """One report over finished runs of any storages, with its results as Markdown and CSV; their own stay as they are.
+
+    Returns:
+        The address of the report.
+
+    Raises:
+        InputError: the runs have no common table.
+    """
+    root, summaries = open_store(storage), [summarize(run) for run in runs]
+    folder = f"benches/runs-{content_hash([run.store.url for run in runs])[:12]}"
+    title = f"{len(runs)} runs on {summaries[0].dataset.name}"
+    return _write_comparison(summaries, root, folder, title=title, command=command, references=references)
+
+
+def _write_comparison(
+    summaries: Sequence[RunSummary],
+    root: Store,
+    folder: str,
+    *,
+    title: str,
+    command: str,
+    references: Mapping[str, str],
+) -> str:
+    """What is written of several runs, if anything of it has changed; returns the report's address."""
+    from prism_ray.report.html import render_report
+    from prism_ray.report.pooling import pooled
+    from prism_ray.report.ranking import score_rows
+    from prism_ray.report.results import results_csv, results_markdown
+
+    cells = pooled(summaries)
     tables = {
         "summary": [summary.to_dict() for summary in summaries],
         "scores": {

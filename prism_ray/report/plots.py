@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from prism_ray.report.comparison import one_per_image_set
 from prism_ray.report.contents import KINDS, RunSummary
@@ -161,8 +162,10 @@ def _scatter(points: Sequence[tuple[RunSummary, float, Spread]]) -> tuple[Figure
             label=shortened(summary.name),
         )
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(lambda *_: "")
-    axes.tick_params(axis="x", which="minor", size=0)
+    costs = [cost for _, cost, _ in points]
+    # Of less than a decade and a half, powers of ten alone could leave the axis without a number.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) < 30 * min(costs) else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.1, y=0.15)
     axes.tick_params(axis="y", labelcolor=MUTED)
     add_legend(axes)
