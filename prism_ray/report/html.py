@@ -101,9 +101,13 @@ def render_report(
         (
             "Losses over iterations",
             curve_plot(summaries),
-            f"Some units{' of the first seed' if is_pooled else ''}, a line each; the noise is that of augmentation.",
+            f"Some units{' of the first seed' if is_pooled else ''}, a line each; cross-entropy in nats.",
         ),
-        ("Loss terms", loss_plot(summaries), f"As each unit{' of the first seed' if is_pooled else ''} ended."),
+        (
+            "Loss terms",
+            loss_plot(summaries),
+            f"As each unit{' of the first seed' if is_pooled else ''} ended; cross-entropy in nats.",
+        ),
     ]
     return (
         _environment()

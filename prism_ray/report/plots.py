@@ -32,7 +32,7 @@ VARIABLES |= {color: f"--series-{index}" for index, color in enumerate(SERIES)}
 
 WIDTH_IN = 4.0  # 384 CSS pixels: three side by side, or one on a phone, with text at about its size
 MAX_LABEL = 18  # characters of a run's name on an axis
-MAX_LEGEND = 12  # of the longest of three names in one line of the legend
+MAX_LEGEND = 30  # of the names in one line of the legend
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MIN_SIZE_RATIO = 1.5  # of label sizes that differ on purpose; compression alone makes them differ by less
 
@@ -77,7 +77,7 @@ def accuracy_plot(summaries: Sequence[RunSummary]) -> str | None:
             axes.barh([0], [0], color=color, label=f"{kind} labels")  # legend entry, also if the first run has none
         chance = 100 / len(summaries[0].dataset.class_names)
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), label="chance")
-        axes.set_xlim(0, 108)  # room for the number behind a full bar
+        axes.set_xlim(0, 113)  # room for the number behind a full bar
         axes.set_xticks(range(0, 101, 20))
         measured_on = "test" if summaries[0].split == "test" else "validation"
         axes.set_xlabel(f"top-1 on the real {measured_on} images, %")
@@ -104,7 +104,7 @@ def _accuracy_bar(axes: Axes, y: float, values: Sequence[float], color: str, *, 
         )
     axes.scatter(values, [y] * len(values), s=16, color=color, edgecolors=PAPER, linewidths=0.8, zorder=3)
     axes.text(
-        max(*values, measured.mean + (measured.std or 0.0)) + 1.5, y, f"{measured.mean:.1f}", va="center", fontsize=8.5
+        max(*values, measured.mean + (measured.std or 0.0)) + 2.5, y, f"{measured.mean:.1f}", va="center", fontsize=8.5
     )
 
 
@@ -220,8 +220,8 @@ def cosine_plot(summaries: Sequence[RunSummary]) -> str | None:
 
 
 def energy_plot(summaries: Sequence[RunSummary]) -> str | None:
-    """Histograms of the first teacher's energies, a row for each set of images that was steered. None without any."""
-    found = [(s.label, s.energies[0]) for s in one_per_image_set(summaries) if s.energies and is_sampled(s)]
+    """Histograms of the first teacher's energies, a row for each set of images. None without any."""
+    found = [(s.label, s.energies[0]) for s in one_per_image_set(summaries) if s.energies]
     if not found:
         return None
     with mpl.rc_context(STYLE):
@@ -253,9 +253,9 @@ def loss_plot(summaries: Sequence[RunSummary]) -> str | None:
     if not curves:
         return None
     with mpl.rc_context(STYLE):
-        figure = new_figure(2.9 + 0.1 * len(curves))
+        figure = new_figure(3.4 + 0.1 * len(curves))
         panels = figure.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
-        for axes, term, name in zip(panels, ("ce", "bn"), ("cross-entropy, nats", "statistics term"), strict=True):
+        for axes, term, name in zip(panels, ("ce", "bn"), ("cross-entropy", "statistics term"), strict=True):
             for number, (label, units) in enumerate(curves):
                 values = np.array([getattr(unit, term) for unit in units], dtype=float)  # None becomes NaN: a gap
                 axes.plot(
@@ -314,7 +314,7 @@ def name_row_labels(axes: Axes, labels: Sequence[str]) -> None:
 
 def add_legend(axes: Axes) -> None:
     labels = axes.get_legend_handles_labels()[1]
-    fits = len(labels) <= 3 and max(map(len, labels)) <= MAX_LEGEND  # three in a line of the figure's width
+    fits = len(labels) <= 3 and sum(map(len, labels)) <= MAX_LEGEND  # in one line beside the names of rows
     # Entries that carry a run's name must not be read as formulas.
     legend = axes.legend(
         loc="lower left",

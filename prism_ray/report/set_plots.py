@@ -71,9 +71,9 @@ def curve_plot(summaries: Sequence[RunSummary]) -> str | None:
     if not runs:
         return None
     with mpl.rc_context(STYLE):
-        figure = new_figure(2.9 + 0.1 * len(runs))
+        figure = new_figure(3.4 + 0.1 * len(runs))
         panels = figure.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
-        for axes, term, name in zip(panels, (1, 2), ("cross-entropy, nats", "statistics term"), strict=True):
+        for axes, term, name in zip(panels, (1, 2), ("cross-entropy", "statistics term"), strict=True):
             for number, (label, histories) in enumerate(runs):
                 for place, history in enumerate(_some(histories, max(1, MOST_CURVES // len(runs)))):
                     x, y = np.array([[point[0], point[term]] for point in history], dtype=float).T
