@@ -3,7 +3,7 @@
     tensorboard/synthesize/  tensorboard/losses/  tensorboard/<student>/     one file in each
 
 For people: no manifest lists them and nothing is made from them. They are written at the end of a stage as a whole, so
-that they lie in an object store like anywhere else. The same run gives the same bytes: the time of a point, which
+that they lie in an object store like anywhere else. The same records give the same bytes: the time of a point, which
 TensorBoard shows as relative time, is the seconds of work until then and not a clock's.
 tensorboardX writes them, which Ray Train brings along; `torch.utils.tensorboard` would need all of `tensorboard`, a
 server, to write a few numbers. Without it there are none.
@@ -42,8 +42,8 @@ class Point:
 def write_board(run: Run) -> None:
     """Bring a run's event files up to date; nothing without tensorboardX."""
     try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
+        import tensorboardX.proto.event_pb2  # noqa: F401
+    except Exception:  # not there, or made for another protobuf, which has errors of its own for that
         return
     with suppress(StorageError):  # curves for people are no reason to end a run; the next object says the same
         for name, points in curves_of(run).items():
@@ -85,12 +85,14 @@ def _losses(images: Sequence[Receipt]) -> Iterator[Point]:
 
 
 def _record(run: Run, name: str) -> list[dict[str, Any]]:
-    """A student's record, an entry for each epoch; empty if it is gone."""
+    """A student's record, an entry for each epoch; empty if it is gone or damaged."""
     try:
         data = run.store.read(f"metrics/students/{name}.jsonl")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in data.splitlines()]
+    with suppress(ValueError):  # damaged: it is for people too
+        return [json.loads(line) for line in data.splitlines()]
+    return []
 
 
 def _student(record: Sequence[Mapping[str, Any]], seconds: float) -> Iterator[Point]:
@@ -104,10 +106,8 @@ def _student(record: Sequence[Mapping[str, Any]], seconds: float) -> Iterator[Po
 
 def event_file(points: Sequence[Point]) -> bytes:
     """The points as TensorBoard reads them: records of a length, its checksum, a protobuf message, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-    from tensorboardX.proto.summary_pb2 import (  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        Summary,
-    )
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
     events = [Event(wall_time=0.0, file_version="brain.Event:2")]
     for point in points:

@@ -115,6 +115,7 @@ def run(
         ):
             if name in wanted:
                 stage(driven)
+            if name in wanted and stage in (synthesize, distill):
                 for each in runs:
                     write_board(each)
         report = None

@@ -76,7 +76,7 @@ def test_without_a_writer_there_are_none_and_the_run_goes_on(
     prism: Command, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(run_dir / "tensorboard")
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX.proto.event_pb2", None)
     assert prism("run").code == 0
     assert not (run_dir / "tensorboard").exists()
 
@@ -94,6 +94,8 @@ def test_a_student_without_a_record_has_no_curve(run_dir: Path, storage: Path) -
     curves = curves_of(open_existing(cli.compose([*SMOKE, f"storage={storage}"])))
     assert curves["hard-seed0"] == []
     assert curves["soft-seed0"]
+    (run_dir / "metrics/students/soft-seed0.jsonl").write_text("{")
+    assert curves_of(open_existing(cli.compose([*SMOKE, f"storage={storage}"])))["soft-seed0"] == []
 
 
 def test_runs_in_an_object_store_have_them_too(prism: Command) -> None:

@@ -34,7 +34,7 @@ def plane_plot(summaries: Sequence[RunSummary]) -> str | None:
     found = [(s.label, s.plane) for s in one_per_image_set(summaries) if s.plane is not None][:MOST_SETS]
     if not found:
         return None
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
         num_columns = min(NUM_COLUMNS, len(found))
         num_rows = -(-len(found) // num_columns)
         side_in = WIDTH_IN / num_columns

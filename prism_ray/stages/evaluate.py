@@ -135,7 +135,7 @@ def _confusion(spec: RunSpec, name: str, device: torch.device) -> dict[str, Any]
     matrix = confusion_of(
         teacher, lambda places: dataset.images(split, rows[places]), dataset.labels(split)[rows], device
     )
-    return matrix and {"name": name, "matrix": matrix}
+    return None if matrix is None else {"name": name, "matrix": matrix}
 
 
 def _compared(spec: RunSpec, pixels: np.ndarray, class_ids: np.ndarray) -> Compared | None:
