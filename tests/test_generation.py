@@ -410,7 +410,7 @@ def test_energies_of_sampled_images_are_in_the_report(finished: Path) -> None:
     page = (run_dir(finished) / "report" / "report.html").read_text()
     assert '<h2 id="energies">' in page
     assert page.count('<figure class="captioned"') == 60, "every image, and the real one nearest to it"
-    assert 'title="a digit three"' in page
+    assert "\nprompt: a digit three\n" in page
 
 
 # Generators from elsewhere
