@@ -1,5 +1,6 @@
 """Verbs that look and do not make: plan, verify, retry, report, show."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_ray import summary
@@ -304,6 +305,36 @@ def show(config: Config) -> str:
 
 def rewrite_report(config: Config, *, command: str) -> str:
     """Make the report and the card again from what is on disk; returns where the report is."""
+    run = _reportable(config)
+    report = summary.write_reports([run], title=run.name, command=command, suite=None, always=True)
+    return f"look at the report:  {report}"
+
+
+def compare_runs(configs: Sequence[Config], *, storage: str, command: str) -> str:
+    """One report over several finished runs, with differences to the first; returns its table and where it is.
+
+    Raises:
+        InputError: a run is named twice, lacks images or teachers, or runs have no common table.
+    """
+    runs = [_reportable(config) for config in configs]
+    urls = [run.store.url for run in runs]
+    for url in urls:
+        if urls.count(url) > 1:
+            raise InputError(f"report: {url} is named twice; name each run once")
+    methods = [run.config.method.name for run in runs]
+    for n, (run, method) in enumerate(zip(runs, methods, strict=True)):
+        short = run.name.removeprefix(f"{run.config.recipe_name}-")
+        run.label = method if methods.count(method) == 1 else short
+        if run.label in [other.label for other in runs[:n]]:  # one run in two storages
+            run.label = f"{short} ({n + 1})"
+    references = {"baseline": runs[0].label}
+    report = summary.write_comparison(runs, storage=storage, command=command, references=references)
+    table = summary.results_table([summary.summarize(run) for run in runs], references)
+    return "\n".join([*table, f"look at the report:  {report}"])
+
+
+def _reportable(config: Config) -> Run:
+    """An existing run that has what a report needs."""
     run = open_existing(config)
     if not run.ledger.receipts(SYNTHESIZE):
         raise InputError(f"{describe(config)}: has no images yet; start the run first")
@@ -313,5 +344,4 @@ def rewrite_report(config: Config, *, command: str) -> str:
             f"{describe(config)}: the artifacts of its teachers {', '.join(missing)} are gone; make them again with "
             "prism-ray run and stages=[teach]"
         )
-    report = summary.write_reports([run], title=run.name, command=command, suite=None, always=True)
-    return f"look at the report:  {report}"
+    return run

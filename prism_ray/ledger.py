@@ -8,6 +8,7 @@ is not about to leave.
 
 import io
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
@@ -342,6 +343,11 @@ class Outcome:
     reason: str = ""
     images: int = 0
     exit_code: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+    """What of a unit's numbers is followed from unit to unit: its loss terms at the end, or its mean energy."""
+    device: str = ""
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
 
 
 def run_unit(
@@ -359,7 +365,7 @@ def run_unit(
     if committed and committed.unit_id == receipt.unit_id and ledger.is_done(committed, receipt.inputs):
         # Ray replays a chain whose worker died in a later unit, or between the receipt and the answer.
         ledger.clear_attempts(stage, name)
-        return Outcome("done", name, images=committed.rows)
+        return _done(committed)
     while True:
         reasons = ledger.failed_attempts(stage, name, epoch=attempt.epoch, live_nodes=attempt.live_nodes())
         if len(reasons) >= attempt.max_attempts:
@@ -379,9 +385,31 @@ def run_unit(
                     continue
                 published = ledger.publish(table, filled, epoch=attempt.epoch)
                 ledger.clear_attempts(stage, name)
-            return Outcome("done", name, images=published.rows)
+            return _done(published)
         except PrismError as error:
             return Outcome("aborted", name, one_line(error), exit_code=int(error.exit_code))
+
+
+FOLLOWED = {"cross-entropy": "loss_ce", "statistics": "loss_bn", "energy": "mean_energy"}
+"""Numbers in the details of a receipt of images that are followed from unit to unit."""
+
+
+def followed(receipt: Receipt) -> dict[str, float]:
+    """Those of them that a unit has and that are finite, by name."""
+    found = {name: receipt.details.get(key) for name, key in FOLLOWED.items()}
+    return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
+
+
+def _done(receipt: Receipt) -> Outcome:
+    return Outcome(
+        "done",
+        receipt.name,
+        images=receipt.rows,
+        values=followed(receipt),
+        device=receipt.fingerprint.partition("|")[0],
+        memory_bytes=receipt.worker.get("peak_memory_bytes", 0),
+        device_memory_bytes=receipt.worker.get("peak_device_bytes", 0),
+    )
 
 
 def _too_long(ledger: Ledger, marker: str, name: str, seconds: float) -> Callable[[str], None]:

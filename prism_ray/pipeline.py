@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from prism_ray import summary
 from prism_ray.artifacts import artifact_facts
+from prism_ray.board import write_board
 from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
@@ -114,6 +115,9 @@ def run(
         ):
             if name in wanted:
                 stage(driven)
+            if name in wanted and stage in (synthesize, distill):
+                for each in runs:
+                    write_board(each)
         report = None
         if "report" in wanted:
             with storage_errors(runs[0].store.url):
@@ -324,6 +328,7 @@ def make_chains(command: Command, runs: Mapping[int, Run], stage: str, chains: S
     start(command)
     specs = [each.spec() for each in command.runs]
     ordered = longest_first(runs, chains)
+    command.progress.working(work=sum(cost(runs, chain) for chain in chains))
     for ref, outcome in interruptible_items(lambda: command.runtime.units(specs, ordered)):
         each = runs[ref.run]
         if outcome.status == "aborted":
@@ -331,6 +336,14 @@ def make_chains(command: Command, runs: Mapping[int, Run], stage: str, chains: S
         if outcome.status == "quarantined":
             each.ledger.event("quarantined", stage=ref.stage, unit=outcome.name, reason=outcome.reason)
             command.progress.message(f"{each.name}: {ref.stage} {outcome.name} quarantined: {outcome.reason}")
+        command.progress.observe(
+            work=cost(runs, [ref]) if ref.stage == stage else 0.0,
+            is_done=outcome.status == "done",
+            device=outcome.device,
+            memory_bytes=outcome.memory_bytes,
+            device_memory_bytes=outcome.device_memory_bytes,
+            values={f"{each.name} {key}" if len(runs) > 1 else key: v for key, v in outcome.values.items()},
+        )
         if ref.stage == stage:
             done += outcome.status == "done"
             quarantined += outcome.status == "quarantined"
@@ -347,12 +360,13 @@ def note(runs: Sequence[Run], kind: str, **content: Any) -> None:
 
 def longest_first(runs: Mapping[int, Run], chains: Sequence[Chain]) -> list[Chain]:
     """The order in which workers take units: short ones at the end, when a lost node or a late worker costs most."""
+    return sorted(chains, key=lambda chain: cost(runs, chain), reverse=True)
 
-    def cost(chain: Chain) -> int:
-        unit = runs[chain[0].run].units[chain[0].unit]
-        return len(unit.images) * max(unit.iterations, 1)
 
-    return sorted(chains, key=cost, reverse=True)
+def cost(runs: Mapping[int, Run], chain: Chain) -> int:
+    """What a chain costs to make, in images times iterations; units of other settings don't compare."""
+    unit = runs[chain[0].run].units[chain[0].unit]
+    return len(unit.images) * max(unit.iterations, 1)
 
 
 def open_chains(command: Command, n: int, each: Run, stage: str) -> list[Chain]:
@@ -415,6 +429,7 @@ def do_items(command: Command, stage: str, items: Sequence[Item], unit: str) -> 
         return
     note(command.runs, "stage", stage=stage)
     start(command)
+    command.progress.working()
 
     def look() -> None:
         command.progress.update(before + sum(item.is_done for item in todo))

@@ -15,13 +15,17 @@ from prism_ray.report.contents import (
     KINDS,
     MEASURES,
     SET_MEASURES,
+    Confusion,
     Cosine,
     DatasetFacts,
     Diversity,
     Energies,
+    FileFacts,
     Judged,
     Measured,
+    Neighbors,
     Paths,
+    Plane,
     Quarantined,
     RunSummary,
     SearchResult,
@@ -32,7 +36,7 @@ from prism_ray.report.contents import (
 )
 from prism_ray.runs import PINS, TEACHER_PIN, Run, versions
 from prism_ray.storage import Store, is_remote, open_store, read_json, to_json
-from prism_ray.work import DISTILL, DIVERSITY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr, lost_images
+from prism_ray.work import DISTILL, DIVERSITY, LOSS_HISTORY, RELABEL, SYNTHESIZE, DiversityItem, chosen_lr, lost_images
 
 
 def teacher_facts(run: Run, name: str) -> dict[str, Any]:
@@ -79,6 +83,9 @@ def summarize(run: Run) -> RunSummary:
     config, dataset = run.config, run.dataset
     assert dataset is not None
     images, labels = run.ledger.receipts(SYNTHESIZE), run.ledger.receipts(RELABEL)
+    published = [
+        receipt for stage in (SYNTHESIZE, RELABEL, DISTILL) for _, receipt in sorted(run.ledger.receipts(stage).items())
+    ]
     num_images, seconds = sum(r.rows for r in images.values()), sum(r.seconds for r in images.values())
     optimized = config.method.engine is Engine.inversion
     made = config.method.engine in (Engine.inversion, Engine.diffusion)
@@ -128,14 +135,25 @@ def summarize(run: Run) -> RunSummary:
         diversity=diversity,
         energies=[Energies(**found) for found in measures.get("energies", [])],
         judges=[Judged(**judged) for judged in measures.get("judges", [])],
+        plane=Plane(**measures["points"]) if measures.get("points") else None,
+        neighbors=Neighbors(**measures["neighbors"]) if measures.get("neighbors") else None,
+        confusions=[Confusion(**found) for found in measures.get("confusions", [])],
         split=config.evaluate.split.name,
         num_measured=_num_measured(run),
         budget=[per_slice[k] for k in sorted(per_slice)] if optimized else [],
         versions=versions(),
+        environment={key: str(value) for key, value in (read_json(run.store, "environment.json") or {}).items()},
+        devices=sorted({receipt.fingerprint.partition("|")[0] for receipt in published if receipt.fingerprint}),
+        files=[FileFacts(key=r.key, bytes=r.bytes, sha256=r.sha256) for r in published],
         shards=[run.store.url_of(receipt.key) for _, receipt in sorted(images.items())],
         real_images=dataset.addresses("train") if dataset.num_images("train") else [],
         loss_curve=[
-            UnitLosses(unit_id=r.name, ce=r.details.get("loss_ce"), bn=r.details.get("loss_bn"))
+            UnitLosses(
+                unit_id=r.name,
+                ce=r.details.get("loss_ce"),
+                bn=r.details.get("loss_bn"),
+                history=r.details.get(LOSS_HISTORY, []),
+            )
             for _, r in sorted(images.items())
         ]
         if optimized
@@ -220,6 +238,7 @@ def _students(run: Run) -> list[StudentResult]:
                     images_per_s=details.get("images_per_s"),
                     data_wait_share=details.get("data_wait_share"),
                     shifts=details.get("shifts", {}),
+                    confusion=details.get("confusion"),
                 )
             )
     return results
@@ -297,9 +316,6 @@ def write_reports(
     from prism_ray.report.card import render_card
     from prism_ray.report.html import render_report
     from prism_ray.report.origins import licences_of
-    from prism_ray.report.pooling import pooled
-    from prism_ray.report.ranking import score_rows
-    from prism_ray.report.results import results_csv, results_markdown
 
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
@@ -313,9 +329,42 @@ def write_reports(
             run.store.put("report/summary.json", to_json(contents))
     if suite is None:
         return _link(runs[0].store, "report/report.html")
-    cells = pooled(summaries)
     folder = f"benches/{suite}-{content_hash([run.name for run in runs])[:12]}"
     root = open_store(runs[0].config.storage)
+    return _write_comparison(summaries, root, folder, title=title, command=command, references=references)
+
+
+def write_comparison(runs: Sequence[Run], *, storage: str, command: str, references: Mapping[str, str]) -> str:
+    """One report over finished runs of any storages, with its results as Markdown and CSV; their own stay as they are.
+
+    Returns:
+        The address of the report.
+
+    Raises:
+        InputError: the runs have no common table.
+    """
+    root, summaries = open_store(storage), [summarize(run) for run in runs]
+    folder = f"benches/runs-{content_hash([run.store.url for run in runs])[:12]}"
+    title = f"{len(runs)} runs on {summaries[0].dataset.name}"
+    return _write_comparison(summaries, root, folder, title=title, command=command, references=references)
+
+
+def _write_comparison(
+    summaries: Sequence[RunSummary],
+    root: Store,
+    folder: str,
+    *,
+    title: str,
+    command: str,
+    references: Mapping[str, str],
+) -> str:
+    """What is written of several runs, if anything of it has changed; returns the report's address."""
+    from prism_ray.report.html import render_report
+    from prism_ray.report.pooling import pooled
+    from prism_ray.report.ranking import score_rows
+    from prism_ray.report.results import results_csv, results_markdown
+
+    cells = pooled(summaries)
     tables = {
         "summary": [summary.to_dict() for summary in summaries],
         "scores": {

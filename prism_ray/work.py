@@ -23,10 +23,12 @@ from prism_ray.weights import find_weights, is_folder
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
 DIVERSITY = "metrics/diversity.json"
-DIVERSITY_VERSION = 3
+DIVERSITY_VERSION = 4
 """Raised when it holds other measures, so that old ones are made again."""
 LOST = "lost_images"
 """In the details of a receipt of images: those that could not be made, with their reasons."""
+LOSS_HISTORY = "loss_history"
+"""In the same details: [iteration, cross-entropy, statistics term] of some iterations and the last."""
 STATISTICS_FILE, STARTS_FILE = "statistics.safetensors", "starts.parquet"
 PROMPTS_FILE = "prompts.jsonl"
 TROUBLES = ".train"

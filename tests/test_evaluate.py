@@ -1,6 +1,7 @@
 """What is measured of a run: likeness in every feature space, judges, and students on the split that is asked for."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,3 +146,51 @@ def test_a_run_of_some_classes_is_measured_on_those(spec: RunSpec) -> None:
         logits = teacher(torch.from_numpy(dataset.images("test", own)).float() / 255)
         accuracy = measured_accuracy(teacher, replace(spec, config=config), CPU)
     assert accuracy == top1(logits, torch.tensor(dataset.labels("test")[own]))
+
+
+def test_the_nearest_training_images_are_those_of_all_and_none_that_is_held_out(spec: RunSpec) -> None:
+    found, (pixels, _), dataset = measured(spec)["neighbors"], stored_images(spec), spec.dataset()
+    pool = np.setdiff1d(np.arange(dataset.num_images("train")), reserved_rows(spec))
+    assert (found["model"], found["num_training"], found["num_images"]) == ("convnet", len(pool), 20)
+    store = spec.ledger().store
+    tables = [read_table(store, key) for key in sorted(student_inputs(spec.ledger(), LabelKind.hard))]
+    image_ids = [image_id for table in tables for image_id in table["image_id"].to_pylist()]
+    with deterministic(1), torch.no_grad():
+        features = teacher_of(spec, "convnet", CPU).features
+        own = features(torch.from_numpy(pixels).float() / 255).double()
+        real = features(torch.from_numpy(dataset.images("train", pool)).float() / 255).double()
+    distances = (own[:, None] - real[None]).norm(dim=2)
+    expected = {image_id: row.min().item() for image_id, row in zip(image_ids, distances, strict=True)}
+    assert {image_id for image_id, _, _ in found["images"]} == set(image_ids)
+    for image_id, row, distance in found["images"]:
+        assert row in pool
+        assert distance == pytest.approx(expected[image_id], rel=1e-3)
+
+
+def test_a_run_of_real_images_is_told_from_new_ones(finished: Path, tmp_path: Path) -> None:
+    settings = [*SMOKE, "method=random_real"]
+    storage = f"storage={shutil.copytree(finished, tmp_path / 'real')}"
+    assert cli.main(["run", *settings, storage, "stages=[prepare,teach,synthesize,evaluate]"]) == 0
+    (run_dir,) = (tmp_path / "real/runs").glob("*random_real*")
+    found = json.loads((run_dir / DIVERSITY).read_text())["neighbors"]
+    assert found["nearer_share"] == 1
+    assert {distance for _, _, distance in found["images"]} == {0}
+
+
+def test_images_and_real_ones_are_placed_in_one_plane(spec: RunSpec) -> None:
+    plane = measured(spec)["points"]
+    assert len(plane["points"]) == len(plane["real_points"]) == len(plane["class_ids"])
+    assert 0 < plane["shares"][1] <= plane["shares"][0] <= 1
+    assert np.allclose(np.mean(plane["real_points"], axis=0), 0, atol=1e-2), "the real ones are around the origin"
+
+
+def test_confusions_add_up_to_the_accuracies(spec: RunSpec) -> None:
+    (found,) = measured(spec)["confusions"]
+    matrix = np.array(found["matrix"])
+    assert (found["name"], matrix.shape, matrix.sum(axis=1).tolist()) == ("vgg", (10, 10), [3] * 10)
+    item = StudentItem(spec, 0, LabelKind.hard)
+    Distiller().train(item)
+    receipt = spec.ledger().receipt(DISTILL, item.name)
+    assert receipt is not None
+    own = np.array(receipt.details["confusion"])
+    assert own.trace() / own.sum() == pytest.approx(receipt.details["top1"])

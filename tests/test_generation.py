@@ -409,8 +409,8 @@ def test_the_closed_loop_guides_and_widens_by_class(models: Path, prism: Command
 def test_energies_of_sampled_images_are_in_the_report(finished: Path) -> None:
     page = (run_dir(finished) / "report" / "report.html").read_text()
     assert '<h2 id="energies">' in page
-    assert page.count('<figure class="captioned"') == 30
-    assert 'title="a digit three"' in page
+    assert page.count('<figure class="captioned"') == 60, "every image, and the real one nearest to it"
+    assert "\nprompt: a digit three\n" in page
 
 
 # Generators from elsewhere

@@ -235,7 +235,7 @@ def test_a_unit_that_recovers_is_published_and_its_attempts_are_forgotten(ledger
             raise errors.pop()
         return TABLE, receipt()
 
-    assert run_unit(ledger, receipt(), compute, attempt()) == Outcome("done", NAME, images=2)
+    assert run_unit(ledger, receipt(), compute, attempt()) == Outcome("done", NAME, images=2, device="cpu")
     assert ledger.store.keys("attempts") == []
     assert ledger.quarantined() == []
 

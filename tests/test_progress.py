@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 from rich.console import Console
 
-from prism_ray.progress import Progress, StageState, format_duration, format_speed, stage_panel
+from prism_ray.progress import Progress, StageState, format_duration, format_speed, sparkline, stage_panel
 
 
 class Clock:
@@ -244,3 +244,115 @@ def test_durations_read_as_clocks_do(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("per_s", "text"), [(0.0312, "0.0312"), (31.24, "31.2"), (3120.4, "3120"), (12345.6, "12346")])
 def test_speeds_keep_three_digits(per_s: float, text: str) -> None:
     assert format_speed(per_s) == text
+
+
+# Estimates
+
+
+def working(clock: Clock, *, work: float | None = None) -> tuple[io.StringIO, Progress]:
+    stream = io.StringIO()
+    progress = Progress(stream, interval_s=0.0, clock=clock)
+    progress.stage("synthesize", 10)
+    clock.now_s += 60  # processes start, models are loaded
+    progress.working(work=work)
+    return stream, progress
+
+
+def test_the_time_until_work_can_begin_is_no_part_of_speed_and_estimate(clock: Clock) -> None:
+    stream, progress = working(clock)
+    clock.now_s += 10
+    progress.update(5, images=50)
+    assert "5/10 units, 5 images/s, eta 0:10" in stream.getvalue().splitlines()[-1]
+
+
+def test_expensive_units_first_do_not_make_the_estimate_too_long(clock: Clock) -> None:
+    stream, progress = working(clock, work=1000.0)
+    clock.now_s += 40
+    progress.observe(work=800.0)  # four of ten units were four fifths of the work
+    progress.update(4)
+    assert "eta 0:10" in stream.getvalue().splitlines()[-1]
+
+
+def test_what_was_given_up_is_neither_waited_for_nor_taken_for_speed(clock: Clock) -> None:
+    stream, progress = working(clock, work=1000.0)
+    clock.now_s += 40
+    for _ in range(4):
+        progress.observe(work=100.0)
+    progress.observe(work=200.0, is_done=False)
+    progress.update(4, quarantined=1)
+    assert "eta 0:40" in stream.getvalue().splitlines()[-1]
+
+
+def test_an_estimate_counts_down_until_the_next_unit_is_overdue_and_then_grows(clock: Clock) -> None:
+    _, progress = working(clock)
+    clock.now_s += 40
+    progress.update(4)
+    state = progress._state
+    assert state is not None
+    estimates = [state.eta_s(clock.now_s + wait_s) for wait_s in (0, 5, 10, 50)]
+    assert estimates == [60, 55, 50, 110]
+
+
+def test_an_estimate_from_a_unit_or_two_is_marked_as_rough(clock: Clock) -> None:
+    stream, progress = working(clock)
+    for done in (2, 3):
+        clock.now_s += 5
+        progress.update(done)
+    assert [line.partition("eta ")[2].partition(",")[0] for line in stream.getvalue().splitlines()[1:]] == [
+        "~0:20",
+        "0:23",
+    ]
+
+
+# The panel with all that units tell
+
+
+def full_panel(width: int, *, encoding: str = "utf-8") -> str:
+    losses = tuple(3.0 * 0.97**n for n in range(120))
+    state = StageState(
+        "synthesize",
+        240,
+        "units",
+        0.0,
+        0,
+        0,
+        done=120,
+        images=1200,
+        quarantined=1,
+        device="cpu:AMD EPYC 9R14 AVX512",
+        memory_bytes=612_000_000,
+        trends={"cross-entropy": losses, "statistics": tuple(reversed(losses))},
+    )
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=stream, width=width)
+    console.print(stage_panel(state, 60.0, teachers=["resnet", "vgg", "a_teacher_with_a_rather_long_name"] * 3))
+    stream.seek(0)
+    return stream.read()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_panel_fits_narrow_and_wide_terminals(width: int) -> None:
+    lines = full_panel(width).splitlines()
+    assert {len(line) for line in lines} == {width}
+    text = "\n".join(lines)
+    for fact in (
+        *("120/240 units", "images/s 20", "eta 1:00", "elapsed 1:00", "quarantined 1", "teachers resnet, vgg"),
+        *("GB here, worker 0.61 GB", "device cpu:AMD EPYC" if width == 200 else "device cpu:"),
+    ):
+        assert fact in text
+    down, up = (next(line for line in lines if name in line) for name in ("cross-entropy", "statistics"))
+    assert re.search(r"cross-entropy 3 █[▂-█]*▁+ 0\.08 ", down)
+    assert re.search(r"statistics 0\.08 ▁[▁-▇]*█+ 3 ", up)
+    assert sum(character in "▁▂▃▄▅▆▇█" for character in down) == (120 if width == 200 else 55)
+
+
+def test_a_terminal_without_unicode_gets_a_panel_too() -> None:
+    assert full_panel(80, encoding="ascii").isascii()
+
+
+def test_a_sparkline_shows_means_of_neighbours_and_skips_what_is_no_number() -> None:
+    assert sparkline([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 20) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0.0, 0.0, 7.0, 7.0], 2) == "▁█"
+    assert sparkline([1.0, float("nan"), 1.0, float("inf")], 9) == "▁▁"
+    assert sparkline([float("nan")], 9) == ""
+    assert sparkline([1.0], 0) == ""

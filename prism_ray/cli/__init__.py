@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from prism_ray import __version__
 from prism_ray.cli.compose import compose, compose_suite
 from prism_ray.cli.files import GROUPS, group_names
+from prism_ray.cli.folders import config_of_run, is_folder
 from prism_ray.cli.keys import nearest
 from prism_ray.config import Row
 from prism_ray.errors import ExitCode, InputError, printable
@@ -159,11 +160,29 @@ def _retry(overrides: list[str]) -> ExitCode:
     return _run(overrides)
 
 
-def _report(overrides: list[str]) -> ExitCode:
-    config = compose(overrides)
+def _report(arguments: list[str]) -> ExitCode:
+    folders = [argument for argument in arguments if is_folder(argument)]
+    command = _command("report", arguments)
+    if not folders:
+        config = compose(arguments)
+        from prism_ray import inspection
+
+        print(inspection.rewrite_report(config, command=command))
+        return ExitCode.done
+    others = [argument for argument in arguments if argument not in folders]
+    if any(not other.startswith("storage=") for other in others) or len(others) > 1:
+        raise InputError(
+            f"report: {others[-1]}: folders of runs have their settings with them; leave it out (storage=DIR alone "
+            "says where the comparison is written)"
+        )
+    configs = [config_of_run(folder) for folder in folders]
     from prism_ray import inspection
 
-    print(inspection.rewrite_report(config, command=_command("report", overrides)))
+    if len(configs) == 1 and not others:
+        print(inspection.rewrite_report(configs[0], command=command))
+    else:
+        where = others[0].partition("=")[2] if others else configs[0].storage
+        print(inspection.compare_runs(configs, storage=where, command=command))
     return ExitCode.done
 
 
@@ -238,7 +257,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], ExitCode], str]] = {
     "status": (_status, "how far a run or a suite is, who works on it, and what to do next: status recipe=digits"),
     "verify": (_verify, "compare every object with its checksum (repair=true: make damaged ones again)"),
     "retry": (_retry, "try quarantined units again"),
-    "report": (_report, "write a run's report again"),
+    "report": (_report, "write a run's report again, or compare finished runs: report outputs/runs/A outputs/runs/B"),
     "show": (_show, "a contact sheet of a run's images as a PNG: show recipe=digits out=digits.png"),
     "export": (_export, "a run's images and students for other programs: export export.formats=[timm,onnx,hf]"),
     "config": (_config, "every setting with its meaning, unit, type, default and check: config method.guidance"),

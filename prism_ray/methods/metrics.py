@@ -27,6 +27,33 @@ def top_k_hits(logits: Tensor, class_ids: Tensor, *, k: int) -> int:
     return int((rank < k).sum())
 
 
+def confusion(logits: Tensor, class_ids: Tensor) -> Tensor:
+    """How many images of a class (row) are taken for each class (column): (K, K) int64; of equal logits the first."""
+    top1(logits, class_ids)  # refuses other shapes
+    num_classes = logits.shape[1]
+    counts = torch.bincount(class_ids * num_classes + logits.argmax(dim=1), minlength=num_classes**2)
+    return counts.view(num_classes, num_classes)
+
+
+def principal_axes(features: Tensor, *, num_axes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where features (N, D) vary most: their mean (D,), axes (D, A) of length 1, shares of the variance (A,).
+
+    A is `num_axes`, or D if that is less. The largest entry of an axis is positive, so that it has one direction. In
+    double precision; without any variance the shares are 0. ValueError for other shapes and no features.
+    """
+    if features.ndim != 2 or not features.numel() or num_axes < 1:
+        raise ValueError(f"features {tuple(features.shape)}, num_axes={num_axes}; expected (N, D), at least 1")
+    features = features.double()
+    mean = features.mean(dim=0)
+    centered = features - mean
+    variances, axes = torch.linalg.eigh(centered.T @ centered)
+    axes = axes.flip(1)[:, :num_axes]
+    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    total = variances.clamp(min=0).sum()
+    shares = variances.clamp(min=0).flip(0)[:num_axes] / total.clamp(min=torch.finfo(torch.float64).tiny)
+    return mean, axes * signs, shares
+
+
 def intra_class_cosine(features: Tensor, class_ids: Tensor) -> tuple[float, float]:
     """Mean pairwise cosine similarity of the images of a class: (mean, population std) over classes, each -1 to 1.
 

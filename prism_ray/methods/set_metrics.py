@@ -122,6 +122,51 @@ def class_coverage(
     return coverages
 
 
+def class_precision_recall(
+    real: Tensor, real_ids: Tensor, fake: Tensor, fake_ids: Tensor, *, k: int = 3, chunk: int = CHUNK
+) -> dict[int, tuple[float, float]]:
+    """`precision_recall` of each class alone: (precision, recall) with balls among its own images.
+
+    A class of fewer than `k` + 1 images on either side has no ball and is left out. Classes of other numbers of images
+    do not compare. ValueError for other shapes and features that are not finite.
+    """
+    _check_sizes(k=k, chunk=chunk)
+    if real_ids.shape != real.shape[:1] or fake_ids.shape != fake.shape[:1]:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (real, real_ids, fake, fake_ids))
+        raise ValueError(f"real, real_ids, fake, fake_ids: {shapes}; expected (N, D), (N,), (M, D), (M,)")
+    found = {}
+    for class_id in real_ids.unique().tolist():
+        own, others = real[real_ids == class_id], fake[fake_ids == class_id]
+        if min(len(own), len(others)) > k:
+            measured = precision_recall(own, others, k=k, k_coverage=k, chunk=chunk)
+            found[class_id] = (measured.precision, measured.recall)
+    return found
+
+
+def nearest(points: Tensor, pool: Tensor, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Distance from each of (M, D) points to its nearest of (N, D) others, and which that is: (M,), (M,).
+
+    Of equally near ones the first. ValueError for other shapes, an empty pool and features that are not finite.
+    """
+    _check_sizes(chunk=chunk, pool=len(pool))
+    points, pool = _features("points", points), _features("pool", pool)
+    if points.shape[1] != pool.shape[1]:
+        raise ValueError(f"points {tuple(points.shape)}, pool {tuple(pool.shape)}; expected (M, D) and (N, D)")
+    found = [_distances(rows, pool).min(dim=1) for rows in points.split(chunk)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def nearer_share(distances: Tensor, usual: Tensor, *, quantile: float = 0.05) -> float:
+    """Share of distances (M,) below a quantile of the usual ones (N,), 0 to 1: about `quantile` where they are alike.
+
+    Of distances to the nearest training image it tells copies: new images have those of held-out real ones.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile={quantile}; expected above 0, below 1")
+    distances, usual = _scores("distances", distances), _scores("usual", usual)
+    return (distances < torch.quantile(usual, quantile)).double().mean().item()
+
+
 def bootstrap_interval(
     indicators: NDArray[np.floating], *, seed: int, level: float = 0.95, draws: int = 1000
 ) -> tuple[float, float]:

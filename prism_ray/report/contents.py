@@ -71,6 +71,7 @@ class StudentResult:
     images_per_s: float | None = None
     data_wait_share: float | None = None  # of the training time, spent waiting for data
     shifts: dict[str, float] = field(default_factory=dict)  # top-1 on shifted test sets, by name
+    confusion: list[list[int]] | None = None  # images it was measured on, by class and by what they were taken for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,8 @@ class Diversity:
     k: int = 0  # neighbor that gives a ball its radius, for precision and recall
     k_coverage: int = 0  # ... for density and coverage
     class_coverage: dict[str, float] = field(default_factory=dict)  # by class id
+    class_precision: dict[str, float] = field(default_factory=dict)  # likewise, of classes with enough images
+    class_recall: dict[str, float] = field(default_factory=dict)
 
 
 MEASURES = ("cosine", "vendi", "effective_rank")
@@ -185,11 +188,50 @@ class Cosine(Measured):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitLosses:
-    """Loss terms of a unit at its last iteration."""
+    """Loss terms of a unit at its last iteration, and on the way there."""
 
     unit_id: str
     ce: float | None  # cross-entropy, nats
     bn: float | None  # statistics term, unweighted
+    history: list[list[float | None]] = field(default_factory=list)  # [iteration, ce, bn] of some iterations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """A run's images and held-out real ones in the plane in which the features of the real ones vary most."""
+
+    shares: list[float]  # of the real images' variance, of the two axes
+    class_ids: list[int]  # of the points of either set
+    points: list[list[float]]
+    real_points: list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """How near a run's images are to real training images, in the features of a network."""
+
+    model: str
+    num_training: int  # real images among which the nearest was looked for
+    num_images: int
+    nearer_share: float  # of them, nearer than 95 % of held-out real images are to theirs; 0.05 is what is usual
+    images: list[list[Any]] = field(default_factory=list)  # image id, row of its nearest real image, distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """What a network takes held-out real images for."""
+
+    name: str
+    matrix: list[list[int]]  # images by class and by the class they are taken for
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """An object that a run published."""
+
+    key: str  # relative to the run's folder
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,11 +276,17 @@ class RunSummary:
     diversity: list[Diversity] = field(default_factory=list)  # in every feature space there is
     energies: list[Energies] = field(default_factory=list)  # by teacher
     judges: list[Judged] = field(default_factory=list)
+    plane: Plane | None = None
+    neighbors: Neighbors | None = None
+    confusions: list[Confusion] = field(default_factory=list)  # of teachers
     split: Literal["test", "validation"] = "test"  # what students were measured on
     num_measured: int | None = None  # real images of it, of the chosen classes; None: all test images
     synthesis_cpu_s: float | None = None  # CPU time of the units; None where a unit's is not known
     budget: list[int] = field(default_factory=list)  # iterations of each slice
     versions: dict[str, str] = field(default_factory=dict)  # package: version
+    environment: dict[str, str] = field(default_factory=dict)  # of the last command that worked on the run
+    devices: list[str] = field(default_factory=list)  # kinds of devices that its units and students were made on
+    files: list[FileFacts] = field(default_factory=list)  # that its manifest lists
     shards: list[str] = field(default_factory=list)  # paths or URLs of the image shards
     real_images: list[str] = field(default_factory=list)  # paths or URLs of the prepared training split
     loss_curve: list[UnitLosses] = field(default_factory=list)  # in plan order

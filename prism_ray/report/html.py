@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from prism_ray.report import format as text
+from prism_ray.report.classes import class_table, confusion_tables
 from prism_ray.report.comparison import (
     COMPARED,
     check_comparable,
@@ -25,8 +26,21 @@ from prism_ray.report.comparison import (
 )
 from prism_ray.report.contents import KINDS, SET_MEASURES, Diversity, RunSummary, SearchResult
 from prism_ray.report.gallery import MAX_SIDE, build_gallery
-from prism_ray.report.plots import accuracy_plot, cosine_plot, energy_plot, loss_plot, storage_plot
+from prism_ray.report.plots import (
+    accuracy_plot,
+    cosine_plot,
+    cost_plot,
+    difference_plot,
+    energy_plot,
+    is_sampled,
+    loss_plot,
+    storage_plot,
+)
 from prism_ray.report.ranking import baseline_of, missing_notes, ranked_rows, score_rows
+from prism_ray.report.set_plots import curve_plot, plane_plot
+
+MOST_FILES = 100
+"""Files of a run that are listed with their hashes; its manifest has them all."""
 
 
 def render_report(
@@ -49,7 +63,21 @@ def render_report(
     gallery = build_gallery(summaries)
     is_pooled = any(summary.num_runs > 1 for summary in summaries)
     figures = [
-        ("Student accuracy", accuracy_plot(summaries), "Bars are means over seeds, dots are single students."),
+        (
+            "Student accuracy",
+            accuracy_plot(summaries),
+            "Bars are means over seeds, whiskers one standard deviation, dots single students.",
+        ),
+        (
+            "Differences",
+            difference_plot(scores, baseline_of(references)),
+            "Paired by seed; bars are one standard deviation over the pairs.",
+        ),
+        (
+            "Accuracy and cost",
+            cost_plot(summaries),
+            "Device-seconds summed over units, whatever ran side by side; bars are one standard deviation over seeds.",
+        ),
         (
             "Accuracy and label storage",
             storage_plot(summaries),
@@ -65,7 +93,21 @@ def render_report(
             energy_plot(summaries),
             "Free energies of each run's images; gray are as many held-out real ones.",
         ),
-        ("Loss terms", loss_plot(summaries), f"As each unit{' of the first seed' if is_pooled else ''} ended."),
+        (
+            "Images among real ones",
+            plane_plot(summaries),
+            "Features in the plane in which those of held-out real images vary most, and its shares of their variance.",
+        ),
+        (
+            "Losses over iterations",
+            curve_plot(summaries),
+            f"Some units{' of the first seed' if is_pooled else ''}, a line each; cross-entropy in nats.",
+        ),
+        (
+            "Loss terms",
+            loss_plot(summaries),
+            f"As each unit{' of the first seed' if is_pooled else ''} ended; cross-entropy in nats.",
+        ),
     ]
     return (
         _environment()
@@ -94,7 +136,11 @@ def render_report(
             crossed_rows=crossed_rows,
             searches=search_rows(summaries),
             gallery=gallery,
-            has_energies=any(p.energy is not None for c in gallery.classes for row in c.rows for p in row.pictures),
+            has_energies=any(s.energies and is_sampled(s) for s in summaries),
+            class_table=class_table(summaries),
+            confusions=confusion_tables(summaries),
+            neighbors=[(s.label, s.neighbors) for s in one_per_image_set(summaries) if s.neighbors],
+            most_files=MOST_FILES,
             max_side=MAX_SIDE,
             is_pooled=is_pooled,
             measured_on="test images" if summaries[0].split == "test" else "training images kept for validation",

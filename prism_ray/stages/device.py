@@ -109,6 +109,12 @@ def device_memory(device: torch.device, gpus: float) -> tuple[int, str]:
     return psutil.virtual_memory().total, "its node"
 
 
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest memory of this process so far, as receipts name it: resident, and on its GPU."""
+    found = {"peak_memory_bytes": peak_memory_bytes()}
+    return found | ({"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
+
+
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -39,6 +39,7 @@ from prism_ray.stages.training import (
     Forward,
     Record,
     accuracy,
+    confusion_of,
     fit,
     num_parameters,
 )
@@ -93,6 +94,7 @@ class Distiller:
                     "best_on_test": None if record.best_top1 is None else max(record.best_top1, top1),
                     "images_per_s": round(record.images_per_s, 1),
                     "data_wait_share": round(record.data_wait_share, 4),
+                    "confusion": measured_confusion(classifier, spec, device),
                     "shifts": shifted_accuracies(classifier, spec, device),
                     "workers": group.size,
                 }
@@ -248,6 +250,13 @@ def measured_accuracy(classifier: Classifier, spec: RunSpec, device: torch.devic
     dataset, (split, rows) = spec.dataset(), held_out_rows(spec)
     labels = dataset.labels(split)[rows]
     return accuracy(classifier, lambda places: torch.from_numpy(dataset.images(split, rows[places])), labels, device)
+
+
+def measured_confusion(classifier: Classifier, spec: RunSpec, device: torch.device) -> list[list[int]] | None:
+    """What the same images are taken for, see `confusion_of`."""
+    dataset, (split, rows) = spec.dataset(), held_out_rows(spec)
+    labels = dataset.labels(split)[rows]
+    return confusion_of(classifier, lambda places: dataset.images(split, rows[places]), labels, device)
 
 
 @dataclass(frozen=True)

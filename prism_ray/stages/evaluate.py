@@ -1,27 +1,34 @@
 """Evaluate: how alike the images of a class are, how like real ones all of them are, and what teachers make of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from prism_ray.data.prepared import PreparedDataset
+from prism_ray.data.records import Split
 from prism_ray.ledger import read_table
 from prism_ray.lock import check_epoch
 from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top_k_hits, vendi_score
+from prism_ray.methods.set_metrics import nearer_share, nearest
 from prism_ray.options import LabelKind
 from prism_ray.plan import energy_teachers, needs_generator
 from prism_ray.stages.device import deterministic, pick_device, teacher_of
 from prism_ray.stages.held_out import held_out_rows
-from prism_ray.stages.set_measures import Compared, energy_measures, equal_rows, set_measures
-from prism_ray.stages.training import in_batches
+from prism_ray.stages.set_measures import Compared, energy_measures, equal_rows, points, set_measures
+from prism_ray.stages.training import confusion_of, in_batches
 from prism_ray.stages.views import decode_images
 from prism_ray.storage import to_json
 from prism_ray.work import DIVERSITY, DIVERSITY_VERSION, DiversityItem, RunSpec, student_inputs
 
+NEIGHBORS_PER_CLASS, NEIGHBOR_CLASSES = 10, 100
+"""Images of which the nearest real one is looked for: those that a report's gallery can show."""
+MOST_TRAINING = 20_000
+"""Real training images among which it is looked for, the first of each class."""
 MEASURES = {"cosine": intra_class_cosine, "vendi": vendi_score, "effective_rank": effective_rank}
 
 
@@ -53,11 +60,82 @@ def measure_diversity(item: DiversityItem) -> None:
             measures = {key: _named(own[key]) | _named(beside[key], "real_") for key in MEASURES}
             against = {} if compared is None else set_measures(compared, features)
             spaces.append({"space": space, "model": name, **measures, **against})
+        first = _features(spec, next(iter(_spaces(spec).values())), device)
+        plane = None if compared is None else points(compared, first)
+        neighbors = _neighbors(spec, tables, pixels, class_ids, device)
+        confusions = [found for name in _steering(spec)[:1] if (found := _confusion(spec, name, device))]
         energies = [] if compared is None else [_energies(spec, name, compared, device) for name in _steering(spec)]
         judges = [_judged(spec, name, pixels, class_ids, device) for name in config.evaluate.judges]
-    content = {"version": DIVERSITY_VERSION, "inputs": inputs, "spaces": spaces, "energies": energies, "judges": judges}
+    content = {
+        "version": DIVERSITY_VERSION,
+        "inputs": inputs,
+        "spaces": spaces,
+        "energies": energies,
+        "judges": judges,
+        "points": plane,
+        "neighbors": neighbors,
+        "confusions": confusions,
+    }
     check_epoch(ledger.store, spec.epoch)
     ledger.store.put(DIVERSITY, to_json(content))
+
+
+def _neighbors(
+    spec: RunSpec, tables: Sequence[pa.Table], pixels: np.ndarray, class_ids: np.ndarray, device: torch.device
+) -> dict[str, Any] | None:
+    """The nearest real training image of the first images of each class, in the features that tables show.
+
+    Beside it how near held-out real images are to them: nearer ones are remembered. None without both kinds.
+    """
+    dataset, (split, held_out) = spec.dataset(), held_out_rows(spec)
+    by_class = [rows for c, rows in enumerate(dataset.rows_by_class("train")) if c in class_ids]
+    reserved = set(held_out.tolist()) if split == "train" else set()
+    most = max(1, MOST_TRAINING // len(by_class))
+    pool = np.array([row for rows in by_class for row in [r for r in rows.tolist() if r not in reserved][:most]])
+    if not len(pool) or not len(held_out):
+        return None
+    order = np.lexsort((np.concatenate([table["index_in_class"].to_numpy() for table in tables]), class_ids))
+    shown = [order[class_ids[order] == c][:NEIGHBORS_PER_CLASS] for c in np.unique(class_ids)[:NEIGHBOR_CLASSES]]
+    chosen, beside_ids = np.concatenate(shown), dataset.labels(split)[held_out]
+    beside = np.concatenate(
+        [held_out[beside_ids == c][:NEIGHBORS_PER_CLASS] for c in np.unique(beside_ids)[:NEIGHBOR_CLASSES]]
+    )
+    name = next(iter(_spaces(spec).values()))
+    assert name is not None, "pixels as they are come last"
+    teacher = teacher_of(spec, name, device)
+
+    def real(split: Split, rows: np.ndarray) -> Tensor:
+        return in_batches(
+            teacher.features, lambda places: torch.from_numpy(dataset.images(split, rows[places])), len(rows), device
+        )
+
+    training = real("train", pool)
+    distances, places = nearest(_features(spec, name, device)(pixels[chosen]), training)
+    usual, _ = nearest(real(split, beside), training)
+    image_ids = np.concatenate([table["image_id"].to_numpy(zero_copy_only=False) for table in tables])
+    rows = pool[places.numpy()]
+    return {
+        "model": name,
+        "num_training": len(pool),
+        "num_images": len(chosen),
+        "nearer_share": nearer_share(distances, usual),
+        "images": [
+            [str(image_ids[n]), int(row), float(f"{distance:.4g}")]
+            for n, row, distance in zip(chosen, rows, distances.tolist(), strict=True)
+        ],
+    }
+
+
+def _confusion(spec: RunSpec, name: str, device: torch.device) -> dict[str, Any] | None:
+    """What a teacher takes held-out real images for; None without any, and of more classes than can be looked at."""
+    (split, rows), dataset = held_out_rows(spec), spec.dataset()
+    if not len(rows):
+        return None
+    teacher = teacher_of(spec, name, device)
+    matrix = confusion_of(
+        teacher, lambda places: dataset.images(split, rows[places]), dataset.labels(split)[rows], device
+    )
+    return None if matrix is None else {"name": name, "matrix": matrix}
 
 
 def _compared(spec: RunSpec, pixels: np.ndarray, class_ids: np.ndarray) -> Compared | None:

@@ -10,7 +10,7 @@ import torch
 
 from prism_ray.ledger import Receipt, read_table
 from prism_ray.plan import Unit
-from prism_ray.stages.device import deterministic, fingerprint, peak_memory_bytes, pick_device
+from prism_ray.stages.device import deterministic, fingerprint, peak_memory, pick_device
 from prism_ray.stages.labels import LabelTeachers, codec_of, label_table
 from prism_ray.stages.views import ImageSet, views_hash
 from prism_ray.work import RunSpec
@@ -48,7 +48,7 @@ class Relabeler:
             empty,
             seconds=time.perf_counter() - started,
             fingerprint=fingerprint(self.device),
-            worker={"peak_memory_bytes": peak_memory_bytes()},
+            worker=peak_memory(self.device),
             details={"codec": self.codec.name, "num_views": labels.views},
         )
         return table, receipt

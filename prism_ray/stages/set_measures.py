@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from prism_ray.methods.diffusion.energies import free_energy
-from prism_ray.methods.metrics import top1
+from prism_ray.methods.metrics import principal_axes, top1
 from prism_ray.methods.set_metrics import (
     auroc,
     class_agreement,
     class_coverage,
+    class_precision_recall,
     effective_classes,
     fpr_at_tpr,
     histogram_overlap,
@@ -29,6 +30,7 @@ from prism_ray.seeds import seed_for
 NEIGHBOR, NEIGHBOR_OF_COVERAGE = 3, 5
 KID_SUBSET = 100
 BINS = 40
+MOST_POINTS = 500
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,33 @@ def set_measures(compared: Compared, features_of: Callable[[np.ndarray], Tensor]
     beside = {} if compared.training is None else _of_one(real, features_of(compared.training))
     ids = torch.from_numpy(compared.class_ids)
     by_class = class_coverage(real, ids, fake, ids, k=NEIGHBOR_OF_COVERAGE)
+    of_classes = class_precision_recall(real, ids, fake, ids, k=NEIGHBOR)
     return {
         **{name: {"mean": value, "real_mean": beside.get(name)} for name, value in own.items()},
         "num_set": len(ids),
         "k": NEIGHBOR,
         "k_coverage": NEIGHBOR_OF_COVERAGE,
         "class_coverage": {str(class_id): share for class_id, share in by_class.items()},
+        "class_precision": {str(class_id): precision for class_id, (precision, _) in of_classes.items()},
+        "class_recall": {str(class_id): recall for class_id, (_, recall) in of_classes.items()},
     }
+
+
+def points(compared: Compared, features_of: Callable[[np.ndarray], Tensor]) -> dict[str, Any]:
+    """Images of both sets in the plane in which the real ones vary most, evenly chosen, at most `MOST_POINTS` of each.
+
+    Args:
+        features_of: pixels (N, C, H, W) uint8 to features (N, D).
+    """
+    real, fake = features_of(compared.held_out), features_of(compared.fake)
+    mean, axes, shares = principal_axes(real, num_axes=2)
+    chosen = np.unique(np.linspace(0, len(real) - 1, min(len(real), MOST_POINTS)).round().astype(int))
+
+    def placed(features: Tensor) -> list[list[float]]:
+        return [[float(f"{v:.4g}") for v in row] for row in ((features[chosen].double() - mean) @ axes).tolist()]
+
+    class_ids = compared.class_ids[chosen].tolist()
+    return {"shares": shares.tolist(), "class_ids": class_ids, "points": placed(fake), "real_points": placed(real)}
 
 
 def _of_one(real: Tensor, fake: Tensor) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """Synthesize: one planned batch of images, optimized, sampled or taken from the real ones, as rows of a shard."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,14 +43,17 @@ from prism_ray.stages.device import (
     deterministic,
     device_memory,
     fingerprint,
-    peak_memory_bytes,
+    peak_memory,
     pick_device,
     teacher_of,
 )
 from prism_ray.stages.initial import Started, open_starts
 from prism_ray.stages.statistics import targets_for
 from prism_ray.stages.unfinished import Unfinished
-from prism_ray.work import LOST, SYNTHESIZE, RunSpec, image_receipt, without_lost
+from prism_ray.work import LOSS_HISTORY, LOST, SYNTHESIZE, RunSpec, image_receipt, without_lost
+
+LOSS_POINTS = 32
+"""Iterations of a unit whose loss terms its receipt has, beside the last one."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Synthesizer:
             image_receipt(unit),
             seconds=unfinished.seconds,
             fingerprint=fingerprint(self.device),
-            worker={"peak_memory_bytes": peak_memory_bytes()},
+            worker=peak_memory(self.device),
             details={
                 "loss_ce": made.loss_ce,
                 "loss_bn": made.loss_bn,
@@ -208,6 +212,7 @@ class Synthesizer:
             antialias=method.antialias,
             seed=seed_for(unit.seed, "layers"),
             rounds=self._entries(unit),
+            log_every=max(1, -(-unit.iterations // LOSS_POINTS)),
             resume=unfinished.found(),
             after_iteration=unfinished.keep,
         )
@@ -217,7 +222,14 @@ class Synthesizer:
             named = ", ".join(unit.images[n].image_id for n in error.images[:8]) or "none of them, but the loss is not"
             more = f" and {len(error.images) - 8} more" if len(error.images) > 8 else ""
             raise NotFinite(f"{error} (images: {named}{more})", error.images) from error
-        return Made(to_uint8(result.images).cpu().numpy(), started.sources, result.loss_ce, result.loss_bn)
+        history = [[point.iteration, _short(point.ce), _short(point.bn)] for point in result.history]
+        return Made(
+            to_uint8(result.images).cpu().numpy(),
+            started.sources,
+            result.loss_ce,
+            result.loss_bn,
+            details={LOSS_HISTORY: history},
+        )
 
     def _entries(self, unit: Unit) -> list[int] | None:
         """Iteration at which each image enters, None where all enter at once."""
@@ -356,6 +368,11 @@ class _Sampling:
                 "mean_energy": sum(chosen.energies) / len(chosen.energies),
             },
         )
+
+
+def _short(value: float) -> float | None:
+    """Four digits, which is what a plot shows; None for what is no number, which JSON has no word for."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

@@ -21,7 +21,7 @@ from prism_ray.data.prepared import PreparedDataset
 from prism_ray.drain import should_stop
 from prism_ray.errors import PrismError
 from prism_ray.methods.distillation import make_optimizer
-from prism_ray.methods.metrics import top1
+from prism_ray.methods.metrics import confusion, top1
 from prism_ray.models.checkpoint import load_checkpoint, read_extra, save_checkpoint
 from prism_ray.models.classifier import Classifier
 from prism_ray.seeds import seed_for
@@ -31,6 +31,8 @@ WARM_UP = 0.2
 """Share of the steps over which the learning rate rises; assumed, as usual for one-cycle schedules."""
 
 EVALUATION_BATCH = 512
+MOST_CONFUSED = 100
+"""Classes up to which it is written down what each is taken for."""
 AHEAD = 2
 """Batches prepared before they are asked for, where a background thread prepares them."""
 
@@ -309,6 +311,22 @@ def accuracy(
 ) -> float:
     """Top-1, 0 to 1, on images given as rows → uint8 (B, C, H, W)."""
     return top1(in_batches(classifier, pixels, len(class_ids), device), torch.tensor(class_ids))
+
+
+def confusion_of(
+    classifier: Callable[[Tensor], Tensor],
+    pixels: Callable[[np.ndarray], np.ndarray],
+    class_ids: np.ndarray,
+    device: torch.device,
+) -> list[list[int]] | None:
+    """What images, given as rows → uint8 (B, C, H, W), are taken for: for each class, how many for which.
+
+    None of more than `MOST_CONFUSED` classes, of which a table shows nothing.
+    """
+    if len(np.unique(class_ids)) > MOST_CONFUSED:
+        return None
+    logits = in_batches(classifier, lambda rows: torch.from_numpy(pixels(rows)), len(class_ids), device)
+    return confusion(logits, torch.tensor(class_ids)).tolist() if logits.shape[1] <= MOST_CONFUSED else None
 
 
 @torch.no_grad()

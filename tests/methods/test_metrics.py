@@ -4,7 +4,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from prism_ray.methods.metrics import effective_rank, intra_class_cosine, top1, top_k_hits, vendi_score
+from prism_ray.methods.metrics import (
+    confusion,
+    effective_rank,
+    intra_class_cosine,
+    principal_axes,
+    top1,
+    top_k_hits,
+    vendi_score,
+)
 
 CORNERS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 
@@ -130,3 +138,32 @@ def test_measures_take_pixels_as_they_are_stored():
 def test_features_without_their_classes_are_refused(measure: Callable[..., tuple[float, float]]):
     with pytest.raises(ValueError, match=r"expected \(B, D\), \(B,\)"):
         measure(torch.zeros(3, 2), torch.zeros(2))
+
+
+def test_a_confusion_counts_each_image_once_by_class_and_by_answer():
+    logits = torch.tensor([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [5, 5, 0]])
+    found = confusion(logits, torch.tensor([0, 0, 1, 1]))
+    assert found.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert found.trace() / found.sum() == top1(logits, torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"expected \(B, K\)"):
+        confusion(logits, torch.tensor([0]))
+
+
+def test_principal_axes_are_those_of_the_singular_values_with_one_direction():
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 4, 1, 1, 1]) + 3
+    mean, axes, shares = principal_axes(features, num_axes=2)
+    assert torch.allclose(mean, features.double().mean(dim=0))
+    _, values, directions = torch.linalg.svd(features.double() - mean, full_matrices=False)
+    assert torch.allclose(shares, (values**2 / (values**2).sum())[:2])
+    assert torch.allclose((axes.T @ directions[:2].T).abs(), torch.eye(2, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(axes, principal_axes(features.flip(0), num_axes=2)[1])  # whatever the order of the images
+    assert (axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+def test_principal_axes_of_features_without_variance_and_of_few():
+    _, axes, shares = principal_axes(torch.ones(4, 3), num_axes=2)
+    assert shares.tolist() == [0, 0]
+    assert axes.shape == (3, 2)
+    assert principal_axes(torch.ones(4, 1), num_axes=2)[1].shape == (1, 1)
+    with pytest.raises(ValueError, match="num_axes=0"):
+        principal_axes(torch.ones(4, 3), num_axes=0)

@@ -16,10 +16,13 @@ from prism_ray.methods.set_metrics import (
     bootstrap_interval,
     class_agreement,
     class_coverage,
+    class_precision_recall,
     disagreement,
     effective_classes,
     fpr_at_tpr,
     histogram_overlap,
+    nearer_share,
+    nearest,
     precision_recall,
 )
 
@@ -423,3 +426,53 @@ def test_logits_without_images_or_of_other_shapes_are_refused():
         disagreement(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"expected \(B, K\) and \(B,\)"):
         class_agreement(torch.zeros(2, 3), torch.zeros(2, 1))
+
+
+# Of classes, and of the nearest.
+
+
+def test_precision_and_recall_of_a_class_are_those_of_its_images_alone(digits: tuple[Tensor, Tensor]):
+    features, ids = digits
+    real, real_ids, fake, fake_ids = features[:200], ids[:200], features[200:], ids[200:]
+    found = class_precision_recall(real, real_ids, fake, fake_ids, k=3)
+    assert set(found) == set(range(10))
+    for class_id, (precision, recall) in found.items():
+        alone = precision_recall(real[real_ids == class_id], fake[fake_ids == class_id], k=3, k_coverage=3)
+        assert (precision, recall) == (alone.precision, alone.recall)
+
+
+def test_a_class_drawn_as_another_has_no_precision_though_the_whole_set_has():
+    real = torch.cat([randn(20, 4), randn(20, 4, seed=1) + 50])
+    ids = torch.arange(2).repeat_interleave(20)
+    swapped = class_precision_recall(real, ids, real.roll(20, dims=0), ids, k=3)
+    assert swapped == {0: (0.0, 0.0), 1: (0.0, 0.0)}
+    assert precision_recall(real, real.roll(20, dims=0), k_coverage=3).precision == 1
+
+
+def test_classes_of_too_few_images_are_left_out():
+    ids = torch.tensor([0] * 8 + [1] * 3)
+    found = class_precision_recall(randn(11, 3), ids, randn(11, 3, seed=1), ids, k=3)
+    assert set(found) == {0}
+    with pytest.raises(ValueError, match="expected \\(N, D\\)"):
+        class_precision_recall(randn(11, 3), ids[:5], randn(11, 3), ids, k=3)
+
+
+def test_the_nearest_is_that_of_all_distances_whatever_the_chunk():
+    points, pool = randn(40, 6), randn(70, 6, seed=1)
+    distances, places = nearest(points, pool, chunk=7)
+    every = (points[:, None] - pool[None]).norm(dim=2)
+    assert torch.allclose(distances, every.min(dim=1).values)
+    assert places.equal(every.argmin(dim=1))
+    assert nearest(pool[3:5], pool)[0].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="pool=0"):
+        nearest(points, pool[:0])
+
+
+def test_copies_are_nearer_than_new_images_and_new_images_are_as_usual():
+    pool = randn(500, 4)
+    usual = nearest(randn(400, 4, seed=1), pool)[0]
+    assert nearer_share(nearest(pool[:100], pool)[0], usual) == 1
+    assert nearer_share(nearest(randn(400, 4, seed=2), pool)[0], usual) == pytest.approx(0.05, abs=0.04)
+    assert nearer_share(nearest(randn(100, 4, seed=3) + 9, pool)[0], usual) == 0
+    with pytest.raises(ValueError, match="quantile=1"):
+        nearer_share(usual, usual, quantile=1)

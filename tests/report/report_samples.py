@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,16 @@ from PIL import Image
 
 from prism_ray import schema
 from prism_ray.report.contents import (
+    Confusion,
     Cosine,
     DatasetFacts,
+    Diversity,
+    Energies,
+    FileFacts,
     LabelName,
+    Measured,
+    Neighbors,
+    Plane,
     RunSummary,
     SearchResult,
     StudentFacts,
@@ -171,3 +179,75 @@ def summary_with_shards(folder: Path, label: str, class_names: Sequence[str], ch
         "loss_curve": [UnitLosses(unit_id="00000", ce=0.01, bn=3.5), UnitLosses(unit_id="00001", ce=0.02, bn=3.1)],
     }
     return RunSummary(**(content | changes))  # pyright: ignore[reportArgumentType]
+
+
+def everything(label: str, number: int, class_names: Sequence[str] = CLASS_NAMES) -> dict[str, object]:
+    """Fields that give a run something in every part of a report; runs of other numbers differ in them."""
+    rng = np.random.default_rng(number)
+    places = rng.normal(size=(90, 2)).round(3)
+    ids = [n % len(class_names) for n in range(90)]
+    shares = {str(c): round(float(share), 3) for c, share in enumerate(rng.uniform(0.2, 1, len(class_names)))}
+    matrix = (np.eye(len(class_names), dtype=int) * 30 + rng.integers(0, 4, (len(class_names),) * 2)).tolist()
+    histogram = rng.dirichlet(np.ones(8), 2).round(4).tolist()
+    losses = [[n, round(3 * 0.8**n, 4), round(5 + 0.3 * n, 4)] for n in range(9)]
+    measured = Measured(mean=0.5 + 0.05 * number, std=0.1, real_mean=0.9)
+    energies = Energies(
+        teacher="resnet",
+        temperature=1.0,
+        num_images=60,
+        mean=-4.0,
+        real_mean=-5.0,
+        overlap=0.7,
+        auroc=0.6,
+        fpr95=0.8,
+        agreement=0.9,
+        effective_classes=2.9,
+        class_agreement=shares,
+        edges=np.linspace(-8, 0, 9).tolist(),
+        shares=histogram[0],
+        real_shares=histogram[1],
+    )
+    return {
+        "column": "resnet18" if number % 2 else "prism_convnet",
+        "students": [
+            *(replace(s, confusion=matrix, shifts={"blur": 0.5}) for s in students("soft", 0.7 + 0.05 * number)),
+            *students("hard", 0.6 - 0.04 * number, best_on_test=0.9),
+            *students("plain", 0.5),
+        ],
+        "search": search(0.9),
+        "synthesis_s": 10.0 * 3**number,
+        "label_bytes": 6_000 * 10**number,
+        "diversity": [
+            Diversity(
+                space="held-out",
+                model="vit",
+                **dict.fromkeys(("cosine", "vendi", "effective_rank", "precision", "recall", "fid"), measured),
+                num_set=60,
+                k=3,
+                k_coverage=5,
+                class_coverage=shares,
+                class_precision=shares,
+                class_recall=dict(zip(shares, reversed(shares.values()), strict=True)),
+            )
+        ],
+        "energies": [energies],
+        "plane": Plane(
+            shares=[0.4, 0.2],
+            class_ids=ids,
+            points=(places + 0.3 * number).round(3).tolist(),
+            real_points=rng.normal(size=(90, 2)).round(3).tolist(),
+        ),
+        "neighbors": Neighbors(
+            model="vit",
+            num_training=36,
+            num_images=6,
+            nearer_share=0.05 * number,
+            images=[[f"{c}-{k}", 3 * k + c, 0.25] for c in range(len(class_names)) for k in range(2)],
+        ),
+        "confusions": [Confusion(name="resnet", matrix=matrix)],
+        "loss_curve": [UnitLosses(unit_id=f"{n:05d}", ce=0.5, bn=7.4, history=losses) for n in range(3)],
+        "environment": {"python": "3.13.1", "machine": "x86_64"},
+        "devices": ["cuda:NVIDIA H200"],
+        "files": [FileFacts(key=f"images/{n:05d}.parquet", bytes=1234, sha256=f"{n:064x}") for n in range(120)],
+        "config": {"seed": 0, "method": {"name": label, "engine": "diffusion"}, "student": {"steps": 300}},
+    }

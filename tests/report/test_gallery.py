@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_samples import CLASS_NAMES, SummaryMaker, gray, png, write_images, write_real
+from report_samples import CLASS_NAMES, SummaryMaker, everything, gray, png, write_images, write_real
 
 from prism_ray.errors import InputError
-from prism_ray.report.gallery import MAX_CLASSES, MAX_SIDE, Picture, build_gallery, first_images
+from prism_ray.report.gallery import MARKUP_BYTES, MAX_CLASSES, MAX_SIDE, Picture, build_gallery, first_images
 
 
 def stored(picture: Picture) -> bytes:
@@ -79,7 +79,12 @@ def test_a_run_without_shards_has_no_row(make_summary: SummaryMaker) -> None:
 def test_the_limit_takes_images_of_each_row_before_classes(make_summary: SummaryMaker) -> None:
     summary = make_summary("a")
     full = build_gallery([summary])
-    cost = sum(len(p.uri) + 160 for entry in full.classes for row in entry.rows for p in row.pictures[:1])
+    cost = sum(
+        len(p.uri) + len(p.origin) + MARKUP_BYTES
+        for entry in full.classes
+        for row in entry.rows
+        for p in row.pictures[:1]
+    )
     tight = build_gallery([summary], max_bytes=cost)
     assert (len(tight.classes), tight.images_per_row) == (3, 1)
     tighter = build_gallery([summary], max_bytes=cost - 1)
@@ -121,3 +126,35 @@ def test_an_image_that_is_no_png_is_refused(make_summary: SummaryMaker, tmp_path
     shard = write_images(tmp_path / "text.parquet", [(0, 0, b"<svg onload=alert(1)>")], method="m")
     with pytest.raises(InputError, match="not a PNG"):
         build_gallery([make_summary("a", shards=[shard])])
+
+
+def test_below_synthetic_images_are_the_real_ones_nearest_to_them(make_summary: SummaryMaker) -> None:
+    gallery = build_gallery([make_summary("a", **everything("a", 1))])
+    real, own, nearest = gallery.classes[1].rows
+    assert [(row.label, row.kind) for row in (real, own, nearest)] == [
+        ("real", "real"),
+        ("a", "run"),
+        ("nearest real", "nearest"),
+    ]
+    # Image k of class c has row 3 k + c, which is the k-th real image of that class.
+    assert [stored(picture) for picture in nearest.pictures] == [stored(picture) for picture in real.pictures[:2]]
+    assert [picture.caption for picture in nearest.pictures] == ["0.25", "0.25"]
+    assert "nearest to: 1-0" in nearest.pictures[0].origin
+    assert "class: square" in nearest.pictures[0].origin
+
+
+def test_real_images_have_no_row_of_nearest_ones(make_summary: SummaryMaker) -> None:
+    content = everything("a", 1) | {"config": {"method": {"name": "random_real", "engine": "real"}}}
+    assert [row.kind for row in build_gallery([make_summary("a", **content)]).classes[0].rows] == ["real", "run"]
+
+
+def test_an_image_says_where_it_comes_from(make_summary: SummaryMaker) -> None:
+    (_, own) = build_gallery([make_summary("a")]).classes[2].rows
+    assert own.pictures[1].origin.splitlines() == ["image: 2-1", "seed: 0"]
+
+
+def test_real_images_that_were_not_those_measured_are_refused(make_summary: SummaryMaker) -> None:
+    content = everything("a", 1)
+    content["neighbors"] = replace(content["neighbors"], images=[["0-0", 999, 1.0]])  # pyright: ignore
+    with pytest.raises(InputError, match="not those that were measured"):
+        build_gallery([make_summary("a", **content)])

@@ -5,12 +5,23 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from report_samples import SummaryMaker, students
+from report_samples import SummaryMaker, everything, students
 
 from prism_ray.report.contents import Cosine, RunSummary, StudentResult, UnitLosses
-from prism_ray.report.plots import accuracy_plot, cosine_plot, loss_plot, storage_plot
+from prism_ray.report.plots import (
+    accuracy_plot,
+    cosine_plot,
+    cost_plot,
+    difference_plot,
+    loss_plot,
+    shortened,
+    storage_plot,
+)
+from prism_ray.report.ranking import score_rows
+from prism_ray.report.set_plots import MOST_CURVES, curve_plot, plane_plot
 
 PLOTS = (accuracy_plot, cosine_plot, loss_plot)
+FULL_PLOTS = (plane_plot, curve_plot)
 
 
 def texts(svg: str | None) -> list[str]:
@@ -77,7 +88,7 @@ def test_no_values_make_no_figure(make_summary: SummaryMaker) -> None:
 def test_losses_over_a_wide_range_are_logarithmic_and_say_so(make_summary: SummaryMaker) -> None:
     units = [UnitLosses(unit_id=str(k), ce=10.0**-k, bn=3.0 + k) for k in range(4)]
     found = texts(loss_plot([make_summary("a", loss_curve=units)]))
-    assert "cross-entropy, nats (log)" in found
+    assert "cross-entropy (log)" in found
     assert "statistics term" in found
 
 
@@ -111,3 +122,48 @@ def test_a_dozen_rows_over_storage_look_different(make_summary: SummaryMaker) ->
     assert svg is not None
     assert svg == storage_plot([make_summary(f"row {n}", label_bytes=1000 * 2**n) for n in range(12)])
     assert len(re.findall(r"row \d+", svg)) >= 12
+
+
+def full_runs(make_summary: SummaryMaker, *labels: str) -> list[RunSummary]:
+    return [make_summary(label, **everything(label, number)) for number, label in enumerate(labels)]
+
+
+def test_figures_of_image_sets_take_colors_from_the_page_and_repeat(make_summary: SummaryMaker) -> None:
+    runs = full_runs(make_summary, "a", "b", "<b>$x_1$&")
+    for plot in FULL_PLOTS:
+        svg = plot(runs)
+        assert {"a", "b", "<b>$x_1$&"} <= set(texts(svg))
+        assert svg == plot(runs)
+        assert not re.search(r"#[0-9a-f]{6}", svg or "")
+        assert plot([make_summary("bare")]) is None
+
+
+def test_the_plane_names_its_axes_share_and_draws_both_sets(make_summary: SummaryMaker) -> None:
+    svg = plane_plot(full_runs(make_summary, "a"))
+    assert {"axis 1: 40 %", "axis 2: 20 %", "real", "these images"} <= set(texts(svg))
+    assert (svg or "").count("<use ") >= 180
+
+
+def test_of_many_units_some_curves_are_drawn(make_summary: SummaryMaker) -> None:
+    (run,) = full_runs(make_summary, "a")
+    svg = curve_plot([replace(run, loss_curve=run.loss_curve * 100)])
+    assert svg is not None
+    assert svg.count('id="curves-line2d') < 2 * MOST_CURVES + 60  # two terms, and the lines of axes
+
+
+def test_cost_counts_images_and_labels_and_needs_two_runs(make_summary: SummaryMaker) -> None:
+    runs = full_runs(make_summary, "a", "b")
+    assert {shortened(run.name) for run in runs} | {"device time of images and labels (log)"} <= set(
+        texts(cost_plot(runs))
+    )
+    assert any(text.endswith(" s") for text in texts(cost_plot(runs)))
+    assert cost_plot(runs[:1]) is None
+    assert cost_plot([replace(run, synthesis_s=None, label_s=None) for run in runs]) is None
+
+
+def test_differences_are_shown_for_all_rows_but_the_baseline(make_summary: SummaryMaker) -> None:
+    runs = [make_summary(label, students=students("soft", 0.5 + 0.1 * n)) for n, label in enumerate("abc")]
+    found = texts(difference_plot(score_rows(runs, {"baseline": "b"}), "b"))
+    assert {"a", "c", "difference to b, points"} <= set(found)
+    assert "b" not in found
+    assert difference_plot(score_rows(runs, {}), None) is None
