@@ -222,7 +222,8 @@ class Run:
         if lost:
             content[LOST] = lost
         if self.ledger.manifest() != content:
-            self.store.remove(UNFINISHED)  # of units whose process was killed between their receipt and this
+            for leftover in (UNFINISHED, TEMPORARY):  # of processes that were killed; whatever they did is done again
+                self.store.remove(leftover)
             self.ledger.write_manifest(content)
             repaired = [key for key in self.set_aside if self.store.size(key) is not None]
             if repaired:
