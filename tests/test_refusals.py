@@ -440,7 +440,7 @@ CASES = [
     Case("94 the state of a run that is not there", [], ["not found", "start it"], verb="status"),
     Case("94 units of a run that is not there to be tried again", [], ["not found", "start it"], verb="retry"),
     Case("94 an export of a run that is not there", [], ["not found", "start it"], verb="export"),
-    Case("95 a verb in capitals", [], ["'RUN'", "known: run"], verb="RUN"),
+    Case("95 a verb in capitals", [], ["'RUN'", "known: init, run"], verb="RUN"),
 ]
 
 
