@@ -38,7 +38,7 @@ class SeparateConfig(TorchConfig):
     """Workers that train networks of their own: no process group, whose store would listen to everybody."""
 
     @property
-    def backend_cls(self) -> type[Backend]:
+    def backend_cls(self) -> Any:
         return Backend
 
 

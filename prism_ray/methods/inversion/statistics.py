@@ -93,8 +93,9 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
+        mean_gradient, var_gradient = grad_outputs
         count = x.numel() / mean.numel()
         slope = var_gradient * (2 / count)
         return torch.addcmul(mean_gradient / count - slope * mean, x, slope), None
