@@ -205,6 +205,7 @@ def test_moments_and_their_gradients_are_those_of_torch(dims):
     (expected,) = torch.autograd.grad((weights[0] * expected_mean + weights[1] * expected_var.sqrt()).sum(), x)
     torch.testing.assert_close(gradient, expected)
     assert torch.autograd.gradcheck(lambda x: moments(x, dims), [x])
+    assert torch.autograd.gradgradcheck(lambda x: moments(x, dims), [x])
 
 
 def test_moments_of_values_far_from_zero_lose_no_digits():

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ class _Moments(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], output[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         mean_gradient, var_gradient = grad_outputs
@@ -102,7 +100,7 @@ class _Moments(torch.autograd.Function):
 
 
 def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over some dimensions, which are gone in the result; differentiable once."""
+    """Mean and biased variance over some dimensions, which are gone in the result; differentiable."""
     mean, var = _Moments.apply(x, dims)
     return mean.squeeze(dims), var.squeeze(dims)
 
