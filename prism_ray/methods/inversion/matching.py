@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ class Network:
 
     module: nn.Module
     targets: tuple[LayerTarget, ...] = ()
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The layers that the targets belong to, found once: walking all modules costs a percent of a small step."""
+        return network_layers(self.module, self.targets)
 
 
 def moments_distance(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def observed_distances(
 
     See `observed_inputs`; `distance` is called with a layer's index, input and target.
     """
-    layers = dict(enumerate(network_layers(network.module, network.targets)))
+    layers = dict(enumerate(network.layers))
     distances: dict[int, Tensor] = {}
 
     def observe(index: int, x: Tensor) -> None:
@@ -138,7 +143,7 @@ def skipped_layers(network: Network, *, probability: float, seed: int, iteration
     """
     if not probability:
         return frozenset()
-    layers = network_layers(network.module, network.targets)
+    layers = network.layers
     stream = np.random.Philox(key=seed, counter=[0, iteration, zlib.crc32(name.encode()), 0])
     uniform = np.random.Generator(stream).random(len(layers))
     return frozenset(
