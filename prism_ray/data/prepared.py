@@ -242,10 +242,12 @@ class PreparedDataset:
                     for group in range(parquet.num_row_groups):
                         rows = parquet.metadata.row_group(group).num_rows
                         if holds_any(first, rows):
-                            pngs = parquet.read_row_group(group, columns=["image.bytes"]).flatten().column(0)
-                            if len(pngs) != rows:
-                                raise OSError(f"holds {len(pngs)} rows where it says {rows}")
-                            yield first, pngs
+                            table = parquet.read_row_group(group, columns=["image.bytes"]).flatten()
+                            if table.num_columns != 1:
+                                raise OSError("has no bytes of images")
+                            if len(table) != rows:
+                                raise OSError(f"holds {len(table)} rows where it says {rows}")
+                            yield first, table.column(0)
                         first += rows
             file_first += file.rows
 
@@ -373,7 +375,7 @@ def _read_column(address: str, name: str) -> pa.ChunkedArray:
     if is_remote(address):
         return _read_remote_column(address, name)
     with _opened(address) as file:
-        return file.read(columns=[name]).column(name)
+        return _column_of(file, name)
 
 
 @lru_cache(maxsize=4096)
@@ -381,7 +383,15 @@ def _read_remote_column(address: str, name: str) -> pa.ChunkedArray:
     """Read once per process: it never changes, and costs a few requests each time."""
     folder, _, file_name = address.rpartition("/")
     with open_store(folder).open(file_name) as source, _opened(source, shown=address) as file:
-        return file.read(columns=[name]).column(name)
+        return _column_of(file, name)
+
+
+def _column_of(file: pq.ParquetFile, name: str) -> pa.ChunkedArray:
+    """A column, of the type that it was written with."""
+    column, kind = file.read(columns=[name]).column(name), dict(schema.REAL_COLUMNS)[name]
+    if column.type != kind:
+        raise OSError(f"column {name} is {column.type}, expected {kind}")
+    return column
 
 
 @contextmanager
