@@ -423,7 +423,9 @@ class LabelsConfig:
         16, doc="bits of a stored logit: 16 half precision, 8 or fewer uniform in its image's range", check=label_bits
     )
     batch_size: int = setting(
-        512, doc="views per forward pass, where the rule doesn't couple images", check=at_least_one
+        512,
+        doc="most views per forward pass, where the rule doesn't couple images; a CPU takes fewer, as its caches hold",
+        check=at_least_one,
     )
 
 

@@ -33,8 +33,11 @@ from prism_ray.options import (
 )
 from prism_ray.seeds import seed_for
 
-LABELS_VERSION = 1
-"""Raised when the same settings draw other views or store labels otherwise, so that old ones are made again."""
+IMAGES_VERSION = 2
+"""Raised when the same settings make other bytes of images, if only in rounding, so that old ones are made again."""
+
+LABELS_VERSION = 2
+"""Likewise of labels."""
 
 REAL_IMAGES_PER_UNIT = 500
 """Images of a shard of real images: there is no batch to keep together."""
@@ -108,7 +111,7 @@ def plan_units(
         units.append(
             Unit(
                 index=index,
-                unit_id=content_hash([made_from, "synthesize", *key]),
+                unit_id=content_hash([made_from, "synthesize", *key, IMAGES_VERSION]),
                 labels_id=content_hash([made_from, "relabel", *key, labelled_by]),
                 name=f"train-{index:05d}-of-{len(batches):05d}",
                 slice_index=batch.slice_index,

@@ -7,6 +7,7 @@ Shapes: N views, B images, C channels, H x W pixels. Boxes are (top, left, heigh
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,21 +53,28 @@ def crop_flip(keys: np.ndarray, views: np.ndarray, *, crop_area_min: float, flip
     keys, views = np.broadcast_arrays(np.asarray(keys, np.int64), np.asarray(views, np.int64))
     if keys.ndim != 1:
         raise ValueError(f"keys of shape {keys.shape}; expected (N,)")
+    flip, first = _uniforms(keys, views, streams=[ATTEMPTS, 0])
     boxes = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (len(keys), 1))
-    pending = np.full(len(keys), crop_area_min < 1)
-    for attempt in range(ATTEMPTS):
-        area, ratio, top, left = _uniforms(keys, views, stream=attempt)
-        area = crop_area_min + (1 - crop_area_min) * area
-        ratio = np.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * ratio)
-        height, width = np.sqrt(area / ratio), np.sqrt(area * ratio)
-        fits = pending & (height <= 1) & (width <= 1)
-        candidates = np.stack([top * (1 - height), left * (1 - width), height, width], axis=1)
-        boxes[fits] = candidates[fits]
-        pending &= ~fits
-        if not pending.any():
-            break
-    flip, *_ = _uniforms(keys, views, stream=ATTEMPTS)
-    return ViewParameters(boxes=boxes, flips=flip < flip_probability)
+    if crop_area_min < 1:
+        candidates, fits = _candidates(first[None], crop_area_min)
+        boxes[fits[0]] = candidates[0, fits[0]]
+        rest = np.flatnonzero(~fits[0])  # few, so that all their attempts together cost no more than one of all views
+        if len(rest):
+            drawn = _uniforms(keys[rest], views[rest], streams=range(1, ATTEMPTS))
+            candidates, fits = _candidates(drawn, crop_area_min)
+            fitting = fits.any(axis=0)
+            boxes[rest[fitting]] = candidates[fits.argmax(axis=0)[fitting], np.flatnonzero(fitting)]
+    return ViewParameters(boxes=boxes, flips=flip[0] < flip_probability)
+
+
+def _candidates(drawn: np.ndarray, crop_area_min: float) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (A, N, 4) of attempts from their draws (A, 4, N), and whether each one fits into the image (A, N)."""
+    area, ratio, top, left = np.moveaxis(drawn, 1, 0)
+    area = crop_area_min + (1 - crop_area_min) * area
+    ratio = np.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * ratio)
+    height, width = np.sqrt(area / ratio), np.sqrt(area * ratio)
+    boxes = np.stack([top * (1 - height), left * (1 - width), height, width], axis=-1)
+    return boxes, (height <= 1) & (width <= 1)
 
 
 def cutmix(seed: int, num_images: int, *, image_size: int) -> Cutmix:
@@ -162,18 +170,19 @@ def paste(images: Tensor, partner_images: Tensor, boxes: np.ndarray | tuple[int,
     return torch.where(inside[:, None], partner_images, images)
 
 
-def _uniforms(keys: np.ndarray, views: np.ndarray, *, stream: int) -> tuple[np.ndarray, ...]:
-    """Four arrays (N,) of uniform float64 in [0, 1), a pure function of (key, view, stream)."""
+def _uniforms(keys: np.ndarray, views: np.ndarray, *, streams: Sequence[int]) -> np.ndarray:
+    """Uniform float64 in [0, 1), (streams, 4, N): four numbers of each, a pure function of (key, view, stream)."""
     words = keys.astype(np.uint64)
-    counter = np.zeros((4, len(keys)), dtype=np.uint64)
-    counter[0], counter[1] = views.astype(np.uint64), stream
-    key = np.stack([words & _LOW, words >> np.uint64(32)])
-    return tuple(word * 2.0**-32 for word in philox4x32(counter, key))
+    counter = np.zeros((4, len(streams), len(keys)), dtype=np.uint64)
+    counter[0], counter[1] = views.astype(np.uint64), np.array(streams, np.uint64)[:, None]
+    key = np.broadcast_to(np.stack([words & _LOW, words >> _HALF])[:, None], (2, len(streams), len(keys)))
+    drawn = philox4x32(counter.reshape(4, -1), key.reshape(2, -1)) * 2.0**-32
+    return np.moveaxis(drawn.reshape(4, len(streams), len(keys)), 0, 1)
 
 
-_LOW = np.uint64(0xFFFFFFFF)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -189,15 +198,10 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3. Written out because numpy's
     Philox makes a stream per object, and here every element needs its own key.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    # Both halves of a round at once: for the few images of a batch, a call of numpy costs more than its numbers.
+    even, odd = counter[0::2], counter[1::2]
     for _ in range(10):
-        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (
-            (product1 >> np.uint64(32)) ^ c1 ^ k0,
-            product1 & _LOW,
-            (product0 >> np.uint64(32)) ^ c3 ^ k1,
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return np.stack([c0, c1, c2, c3])
+        product = _MULTIPLIERS * even
+        even, odd = (product >> _HALF)[::-1] ^ odd ^ key, (product & _LOW)[::-1]
+        key = (key + _WEYL) & _LOW
+    return np.stack([even[0], odd[0], even[1], odd[1]])

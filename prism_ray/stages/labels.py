@@ -1,5 +1,6 @@
 """Labels as students get them: computed by the label teachers, or read back from label shards."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -20,6 +21,9 @@ from prism_ray.stages.device import teacher_of
 from prism_ray.stages.views import views_hash
 from prism_ray.work import RunSpec
 
+CPU_PIXELS = 2**16
+"""Of each channel in a forward pass on a CPU. Beyond, activations leave its caches and cost fresh pages every time."""
+
 
 class LabelTeachers:
     """The label teachers of a run, on a device."""
@@ -27,6 +31,14 @@ class LabelTeachers:
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self._labels, self._device = spec.config.labels, device
         self._teachers = [teacher_of(spec, name, device) for name in label_teachers(spec.config)]
+        if device.type == "cpu":  # where kernels are quicker, by up to half, with the channels of a pixel side by side
+            self._teachers = [copy.deepcopy(one).to(memory_format=torch.channels_last) for one in self._teachers]
+
+    def batch_size(self, image_size: int) -> int:
+        """Views (of a side in pixels) per forward pass, where labels do not couple them."""
+        if self._device.type != "cpu":
+            return self._labels.batch_size
+        return min(self._labels.batch_size, max(16, CPU_PIXELS // image_size**2))
 
     @property
     def couples(self) -> bool:

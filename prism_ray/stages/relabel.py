@@ -34,7 +34,7 @@ class Relabeler:
         images = ImageSet.from_tables([unit], [read_table(self.ledger.store, image_key)], labels, self.config.seed)
         logits = torch.empty(len(images), labels.views, self.codec.num_classes)
         with deterministic(self.config.compute.threads):
-            for indices, views in self._batches(len(images)):
+            for indices, views in self._batches(len(images), images.image_size):
                 shown = images.views(indices, views, mix=True)
                 logits[torch.from_numpy(indices), torch.from_numpy(views)] = self.teachers.logits(shown)
         table = label_table(
@@ -53,7 +53,7 @@ class Relabeler:
         )
         return table, receipt
 
-    def _batches(self, num_images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _batches(self, num_images: int, image_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and views of every forward pass: whole label groups where the rule couples images, else even chunks."""
         num_views = self.config.labels.views
         if self.teachers.couples:
@@ -61,6 +61,7 @@ class Relabeler:
                 yield np.arange(num_images), np.full(num_images, view)
             return
         indices, views = np.repeat(np.arange(num_images), num_views), np.tile(np.arange(num_views), num_images)
-        for start in range(0, len(indices), self.config.labels.batch_size):
-            chosen = slice(start, start + self.config.labels.batch_size)
+        size = self.teachers.batch_size(image_size)
+        for start in range(0, len(indices), size):
+            chosen = slice(start, start + size)
             yield indices[chosen], views[chosen]

@@ -147,13 +147,12 @@ class StudentBatches:
         views = epochs % self._labels_config.views if is_stored else epochs
         mine = np.arange(len(indices))[self._group.share]
         # A box comes from any image of the whole batch, so a share may need images of others.
-        partners = mine if cut is None else cut.permutation[mine]
-        needed = np.unique(np.concatenate([mine, partners]))
-        own, partner = np.searchsorted(needed, mine), np.searchsorted(needed, partners)
+        needed = mine if cut is None else np.unique(np.concatenate([mine, cut.permutation[mine]]))
         shown = self._shown(kind, indices[needed], views[needed])
         soft = self._soft(shown, indices[needed], views[needed]) if kind is LabelKind.soft else None
         classes = self._set.images.class_ids[torch.from_numpy(indices[needed])]
         if cut is not None:
+            own, partner = np.searchsorted(needed, mine), np.searchsorted(needed, cut.permutation[mine])
             shown = paste(shown[own], shown[partner], cut.box)
             soft = None if soft is None else mixed_logits(soft[own], soft[partner], cut.lam)
             classes = mixed_classes(classes[own], classes[partner], cut.lam, num_classes=self._num_classes)

@@ -71,6 +71,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, pixels."""
+        return self._pixels.image_size
+
     def clean(self, indices: np.ndarray) -> Tensor:
         """Images as they are stored: float32 (B, C, H, W) in [0, 1]."""
         return self._pixels.rows(indices).float() / 255
@@ -83,14 +88,14 @@ class ImageSet:
             views: (B,) view numbers.
             mix: mixed with the partner, as labelled; without, crop and flip alone.
         """
-        shown = self._rendered(indices, views)
         if not mix or self._labels.mix is Mix.none:
-            return shown
+            return self._rendered(indices, views)
         groups = self._group_of[indices]
         drawn = [self._mix(int(group), int(view)) for group, view in zip(groups, views, strict=True)]
         local = indices - self._group_start[groups]
         partners = np.array([mixed.permutation[n] for mixed, n in zip(drawn, local, strict=True)])
-        partner_views = self._rendered(partners + self._group_start[groups], views)
+        both = np.concatenate([indices, partners + self._group_start[groups]]), np.concatenate([views, views])
+        shown, partner_views = self._rendered(*both).chunk(2)
         if self._labels.mix is Mix.mixup:
             return blend(shown, partner_views, np.array([mixed.lam for mixed in drawn]))
         return paste(shown, partner_views, np.array([mixed.box for mixed in drawn if isinstance(mixed, Cutmix)]))
