@@ -113,7 +113,10 @@ class Cluster:
         """A node that has started. A busy machine may need several tries: Ray gives a node half a minute."""
         for _ in range(START_TRIES):
             node, log = self._start(arguments, environment)
-            wait_until(lambda: node.poll() is not None or "Ray runtime started" in log.read_text(), "a node starts")  # noqa: B023
+            wait_until(
+                lambda node=node, log=log: node.poll() is not None or "Ray runtime started" in log.read_text(),
+                "a node starts",
+            )
             if node.poll() is None:
                 return node
             self.kill(node)

@@ -15,7 +15,6 @@ Ends with 1 if images differ.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -28,23 +27,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
-from benchmarks.relabel import (  # noqa: E402
-    TOLERANCE,
-    Scene,
-    augmented,
-    circumstances,
-    interleaved,
-    make_scene,
-    normalization,
-    spread,
-)
+from benchmarks.measuring import circumstances, interleaved, normalization, print_cells, spread  # noqa: E402
+from benchmarks.relabel import TOLERANCE, Scene, augmented, make_scene  # noqa: E402
 from prism_ray.methods.distillation import batch_of_step, make_optimizer  # noqa: E402
 from prism_ray.methods.views import crop_flip  # noqa: E402
 from prism_ray.models.classifier import build_classifier  # noqa: E402
@@ -219,13 +210,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10, help="of each loop and round; a tenth of training")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    failed = False
-    for name in options.cells:
-        result = measure(name, pairs=options.pairs, steps=options.steps)
-        failed |= result["pixel_difference"] > TOLERANCE
-        print(json.dumps(result), flush=True)
-    sys.exit(failed)
+    print_cells(
+        options.cells,
+        lambda name: measure(name, pairs=options.pairs, steps=options.steps),
+        difference="pixel_difference",
+        tolerance=TOLERANCE,
+    )
 
 
 if __name__ == "__main__":

@@ -13,15 +13,11 @@ and largest over interleaved pairs. Ends with 1 if labels differ.
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -29,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
 
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
@@ -38,6 +34,7 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.measuring import SIZES, circumstances, interleaved, normalization, print_cells, spread, stand_in  # noqa: E402
 from prism_ray.cli.compose import compose  # noqa: E402
 from prism_ray.config import label_teachers  # noqa: E402
 from prism_ray.data.imagenet_names import class_names  # noqa: E402
@@ -45,8 +42,7 @@ from prism_ray.data.pixels import encode_png  # noqa: E402
 from prism_ray.data.prepared import PreparedDataset  # noqa: E402
 from prism_ray.methods.soft_labels import combine  # noqa: E402
 from prism_ray.methods.views import Cutmix, crop_flip, cutmix  # noqa: E402
-from prism_ray.models.classifier import build_classifier, load_classifier, save_classifier  # noqa: E402
-from prism_ray.models.imagenet_lite import load_imagenet_lite  # noqa: E402
+from prism_ray.models.classifier import load_classifier, save_classifier  # noqa: E402
 from prism_ray.options import Mix  # noqa: E402
 from prism_ray.plan import Unit, plan_units  # noqa: E402
 from prism_ray.schema import IMAGE_COLUMNS, image_schema, table_bytes  # noqa: E402
@@ -57,7 +53,6 @@ from prism_ray.storage import sha256_of  # noqa: E402
 from prism_ray.work import RunSpec, image_receipt, label_receipt  # noqa: E402
 
 TOLERANCE = 1e-4
-SIZES = {"digits": (16, 1, 10), "fashion_mnist": (28, 1, 10), "imagenet_lite": (128, 3, 1000)}
 CELLS = {
     # Name: recipe, images, views, settings.
     "digits": ("digits", 100, 12, ()),
@@ -92,10 +87,6 @@ class Scene(RunSpec):
         return [Path(self.run_dir, f"png/{image.class_id:04d}/{image.image_id}.png") for image in images]
 
 
-def normalization(channels: int) -> tuple[list[float], list[float]]:
-    return ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if channels == 3 else ([0.286], [0.353])
-
-
 def make_scene(folder: Path, recipe: str, num_images: int, settings: Sequence[str], *, teachers: bool = True) -> Scene:
     """A run with images and no labels: smooth random images of a recipe's size in one shard, and as PNG files.
 
@@ -109,7 +100,10 @@ def make_scene(folder: Path, recipe: str, num_images: int, settings: Sequence[st
     run_dir = folder / "run"
     scene = Scene(config, str(run_dir), 0, "", dirs, image_size=side, channels=channels, num_classes=num_classes)
     for number, (name, path) in enumerate(dirs.items()):
-        _save_teacher(scene, name, Path(path), seed=number)
+        Path(path).mkdir(parents=True)
+        drawn = torch.Generator().manual_seed(number)
+        built = stand_in(config.teachers.models[name], recipe, seed=number, generator=drawn, batches=5)
+        save_classifier(built, Path(path), class_names=scene.dataset().class_names, extra={})
     generator = torch.Generator().manual_seed(0)
     store, names, paths = scene.ledger().store, scene.dataset().class_names, iter(scene.png_paths())
     for unit in scene.units():
@@ -131,29 +125,6 @@ def make_scene(folder: Path, recipe: str, num_images: int, settings: Sequence[st
         store.put(receipt.key, data)
         scene.ledger().write_receipt(receipt)
     return scene
-
-
-def _save_teacher(scene: Scene, name: str, folder: Path, *, seed: int) -> None:
-    model, dataset = scene.config.teachers.models[name], scene.dataset()
-    folder.mkdir(parents=True)
-    if model.source.startswith("imagenet_lite:"):
-        built = load_imagenet_lite(model.source, input_size=dataset.image_size, class_names=dataset.class_names)
-    else:
-        built = build_classifier(
-            str(model.arch),
-            num_classes=dataset.num_classes,
-            in_chans=dataset.channels,
-            image_size=dataset.image_size,
-            mean=dataset.mean,
-            std=dataset.std,
-            model_args=model.model_args,
-            seed=seed,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for _ in range(5):
-                built.train()(torch.rand(64, dataset.channels, *[dataset.image_size] * 2, generator=generator))
-    save_classifier(built.eval(), folder, class_names=dataset.class_names, extra={})
 
 
 def stage(scene: Scene, relabeler: Relabeler) -> None:
@@ -246,30 +217,6 @@ def difference(scene: Scene, naive: Naive) -> float:
     return max(worst, 0.0)
 
 
-def interleaved(loops: Mapping[str, Callable[[], object]], *, pairs: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of each loop: one after another in every round, in an order that turns around."""
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(pairs + 1):  # the first round warms up
-        for name in list(loops)[:: 1 if number % 2 else -1]:
-            began = time.process_time()
-            loops[name]()
-            if number:
-                times[name].append(time.process_time() - began)
-    return times
-
-
-def spread(values: Sequence[float]) -> list[float]:
-    """Median, least and largest."""
-    return [round(value, 3) for value in (median(values), min(values), max(values))]
-
-
-def circumstances(pairs: int) -> dict[str, Any]:
-    """What a figure depends on beside the code."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)
-    where = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "pairs": pairs}
-    return {**where, "load": round(os.getloadavg()[0], 1), "commit": commit.stdout.strip()}
-
-
 def measure(name: str, *, pairs: int, views: int | None, num_images: int | None = None) -> dict[str, Any]:
     recipe, images, own_views, settings = CELLS[name]
     images, views = num_images or images, views or own_views
@@ -302,13 +249,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--views", type=int, help="of each image; a cell's own number if left out")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    failed = False
-    for name in options.cells:
-        result = measure(name, pairs=options.pairs, views=options.views)
-        failed |= result["label_difference"] > TOLERANCE
-        print(json.dumps(result), flush=True)
-    sys.exit(failed)
+    print_cells(
+        options.cells,
+        lambda name: measure(name, pairs=options.pairs, views=options.views),
+        difference="label_difference",
+        tolerance=TOLERANCE,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ import pyarrow.parquet as pq  # noqa: E402
 import s3_server  # noqa: E402
 from head_node import Head, head_node  # noqa: E402
 
-from prism_ray.storage import open_store  # noqa: E402
+from benchmarks.elastic import wait_until  # noqa: E402
+from prism_ray.storage import Store, open_store  # noqa: E402
 
 TIMEOUT_S = 1500
 
@@ -59,11 +59,11 @@ def stopped(head: Head, storage: str, overrides: list[str], expected: dict[str, 
     if submitted.returncode != 0:
         raise SystemExit(submitted.stdout + submitted.stderr)
     store = open_store(storage)
-    wait_until(lambda: any("/images/" in key for key in store.keys("runs")) or not head.works_on(name), "an image")
+    wait_until(lambda: bool(shards(store)) or not head.works_on(name), "an image is there", timeout_s=TIMEOUT_S)
     began = time.monotonic()
     head.ray("stop", name)
     stop_s = time.monotonic() - began
-    units = sum("/images/" in key for key in store.keys("runs"))
+    units = len(shards(store))
     began = time.monotonic()
     again = head.submit("pipeline", *settings)
     found = s3_server.products_at(storage)
@@ -72,7 +72,7 @@ def stopped(head: Head, storage: str, overrides: list[str], expected: dict[str, 
         "first": head.job(name)["status"],
         "stop_s": round(stop_s, 1),
         "units_before_the_stop": units,
-        "units": sum("/images/" in key for key in store.keys("runs")),
+        "units": len(shards(store)),
         "second": "SUCCEEDED" if again.returncode == 0 else f"exit code {again.returncode}",
         "second_s": round(time.monotonic() - began, 1),
         "identical": found == expected,
@@ -84,23 +84,19 @@ def stopped(head: Head, storage: str, overrides: list[str], expected: dict[str, 
     return {**result, "passed": done and result["identical"] and not result["doubled"]}
 
 
+def shards(store: Store) -> list[str]:
+    """Keys of the shards of images in a storage."""
+    return [key for key in store.keys("runs") if "/images/" in key and key.endswith(".parquet")]
+
+
 def rows_of(storage: str) -> dict[str, int]:
     """Images of a storage's only run, and how many are there more than once."""
     store = open_store(storage)
     counted: Counter[str] = Counter()
-    for key in store.keys("runs"):
-        if "/images/" in key and key.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(store.read(key)), columns=["image_id"])
-            counted.update(str(image) for image in table["image_id"].to_pylist())
+    for key in shards(store):
+        table = pq.read_table(io.BytesIO(store.read(key)), columns=["image_id"])
+        counted.update(str(image) for image in table["image_id"].to_pylist())
     return {"rows": counted.total(), "doubled": counted.total() - len(counted)}
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    until = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if time.monotonic() > until:
-            raise SystemExit(f"no {what} within {TIMEOUT_S} s")
-        time.sleep(0.2)
 
 
 def main() -> None:

@@ -17,11 +17,8 @@ of the largest set spends its time. Ends with 1 if losses differ.
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,21 +31,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from benchmarks.measuring import SIZES, circumstances, interleaved, normalization, print_cells, spread, stand_in  # noqa: E402
 from prism_ray.cli.compose import compose  # noqa: E402
-from prism_ray.data.imagenet_names import class_names  # noqa: E402
 from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations  # noqa: E402
 from prism_ray.methods.inversion.engine import Descent, invert  # noqa: E402
 from prism_ray.methods.inversion.objective import Guides, Network, Objective  # noqa: E402
 from prism_ray.methods.inversion.statistics import moments, targets_of  # noqa: E402
-from prism_ray.models.classifier import Classifier, build_classifier, frozen  # noqa: E402
-from prism_ray.models.imagenet_lite import load_imagenet_lite  # noqa: E402
+from prism_ray.models.classifier import Classifier, frozen  # noqa: E402
 
 LR, BETAS, EPS = 0.05, (0.5, 0.9), 1e-8
 BN_WEIGHT, FIRST = 0.01, 10.0
@@ -217,30 +213,13 @@ def load(name: str, batch_size: int | None) -> Cell:
     """A recipe's pool; networks that a recipe trains have random weights and the statistics of random images."""
     config = compose([f"recipe={name}", "method=prism_released"])
     slots = compose([f"recipe={name}"]).method.statistics_slots
-    size = {"fashion_mnist": (28, 1, 10), "imagenet_lite": (128, 3, 1000)}[name]
-    side, channels, num_classes = size
-    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if channels == 3 else ([0.286], [0.353])
+    side, channels, num_classes = SIZES[name]
+    mean, std = normalization(channels)
     generator = torch.Generator().manual_seed(0)
-    teachers = {}
-    for number, key in enumerate(config.teachers.pool):
-        model = config.teachers.models[key]
-        if model.source.startswith("imagenet_lite:"):
-            teachers[key] = frozen(load_imagenet_lite(model.source, input_size=side, class_names=class_names()))
-            continue
-        built = build_classifier(
-            str(model.arch),
-            num_classes=num_classes,
-            in_chans=channels,
-            image_size=side,
-            mean=mean,
-            std=std,
-            model_args=model.model_args,
-            seed=number,
-        )
-        with torch.no_grad():
-            for _ in range(20):
-                built.train()(torch.rand(64, channels, side, side, generator=generator))
-        teachers[key] = frozen(built)
+    teachers = {
+        key: frozen(stand_in(config.teachers.models[key], name, seed=number, generator=generator, batches=20))
+        for number, key in enumerate(config.teachers.pool)
+    }
     count = batch_size or {"fashion_mnist": 50, "imagenet_lite": 8}[name]
     draws = draw_augmentations(0, 1000, size=side, crop_area_min=0.08, flip_probability=0.5, roll_max=side // 7)
     primary = str(config.teachers.primary)
@@ -279,23 +258,14 @@ def agree(cell: Cell) -> float:
 
 
 def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
-    """Interleaved: each round runs the three loops one after another, in an order that rotates."""
-    times: dict[tuple[str, ...], dict[str, list[float]]] = {
-        chosen: {name: [] for name in LOOPS} for chosen in cell.sets
-    }
-    for number in range(pairs + 1):  # the first round warms up
-        for chosen in cell.sets:
-            names = list(LOOPS)
-            for name in names[number % 3 :] + names[: number % 3]:
-                began = time.process_time()
-                LOOPS[name](cell, chosen, steps)
-                if number:
-                    times[chosen][name].append((time.process_time() - began) / steps)
+    """The three loops of every set, interleaved."""
+    loops = {(chosen, name): partial(loop, cell, chosen, steps) for chosen in cell.sets for name, loop in LOOPS.items()}
+    seconds = interleaved(loops, pairs=pairs)
     sets = []
     peak = peak_gflops()
     totals = dict.fromkeys(LOOPS, 0.0)
     for chosen, share in cell.sets.items():
-        own = times[chosen]
+        own = {name: [total / steps for total in seconds[chosen, name]] for name in LOOPS}
         ratios = {
             other: [b / a for a, b in zip(own["engine"], own[other], strict=True)] for other in ("released", "bare")
         }
@@ -358,11 +328,6 @@ def operators(cell: Cell, chosen: tuple[str, ...], *, steps: int) -> dict[str, f
     return {key: round(100 * found[key] / total, 1) for key in largest}
 
 
-def spread(values: Sequence[float]) -> list[float]:
-    """Median, least and largest."""
-    return [round(value, 3) for value in (median(values), min(values), max(values))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=["fashion_mnist", "imagenet_lite"])
@@ -370,19 +335,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of each loop and round")
     parser.add_argument("--batch-size", type=int)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)
-    where = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "pairs": options.pairs}
-    where |= {"steps": options.steps, "commit": commit.stdout.strip()}
-    failed = False
-    for name in options.cells:
+
+    def measured(name: str) -> dict[str, Any]:
         cell = load(name, options.batch_size)
-        difference = agree(cell)
-        failed |= difference > TOLERANCE
+        difference = agree(cell)  # before anything is timed
         result = measure(cell, pairs=options.pairs, steps=options.steps)
-        load_average = round(os.getloadavg()[0], 1)
-        print(json.dumps({**result, "loss_difference": difference, "load": load_average, **where}), flush=True)
-    sys.exit(failed)
+        return {**result, "loss_difference": difference, "steps": options.steps, **circumstances(options.pairs)}
+
+    print_cells(options.cells, measured, difference="loss_difference", tolerance=TOLERANCE)
 
 
 if __name__ == "__main__":
