@@ -12,7 +12,7 @@ server, to write a few numbers. Without it there are none.
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,25 +39,28 @@ class Point:
     seconds: float
 
 
-def write_board(run: Run) -> None:
-    """Bring a run's event files up to date; nothing without tensorboardX."""
+def write_board(run: Run, stages: Collection[str] = (SYNTHESIZE, DISTILL)) -> None:
+    """Bring the event files of stages of a run up to date; nothing without tensorboardX."""
     try:
         import tensorboardX.proto.event_pb2  # noqa: F401
     except Exception:  # not there, or made for another protobuf, which has errors of its own for that
         return
     with suppress(StorageError):  # curves for people are no reason to end a run; the next object says the same
-        for name, points in curves_of(run).items():
+        for name, points in curves_of(run, stages).items():
             key, data = f"{FOLDER}/{name}/{FILE}", event_file(points)
             if points and (run.store.size(key) != len(data) or run.store.read(key) != data):
                 run.store.put(key, data)
 
 
-def curves_of(run: Run) -> dict[str, list[Point]]:
-    """By the name of a folder, the points of its curves."""
-    images = [receipt for _, receipt in sorted(run.ledger.receipts(SYNTHESIZE).items())]
-    curves = {"synthesize": list(_units(images)), "losses": list(_losses(images))}
-    for name, receipt in sorted(run.ledger.receipts(DISTILL).items()):
-        curves[name] = list(_student(_record(run, name), receipt.seconds))
+def curves_of(run: Run, stages: Collection[str] = (SYNTHESIZE, DISTILL)) -> dict[str, list[Point]]:
+    """By the name of a folder, the points of its curves; receipts of other stages are not read."""
+    curves: dict[str, list[Point]] = {}
+    if SYNTHESIZE in stages:
+        images = [receipt for _, receipt in sorted(run.ledger.receipts(SYNTHESIZE).items())]
+        curves |= {"synthesize": list(_units(images)), "losses": list(_losses(images))}
+    if DISTILL in stages:
+        for name, receipt in sorted(run.ledger.receipts(DISTILL).items()):
+            curves[name] = list(_student(_record(run, name), receipt.seconds))
     return curves
 
 

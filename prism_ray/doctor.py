@@ -85,9 +85,7 @@ def _examined(name: str, probe: Callable[[], Finding], remedy: str) -> Finding:
     """A finding, also where looking itself fails; the message of a refusal says what to do."""
     try:
         return probe()
-    except PrismError as error:
-        return Finding(name, one_line(error), Level.bad, remedy)
-    except (ImportError, OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except (PrismError, ImportError, OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return Finding(name, one_line(error), Level.bad, remedy)
 
 

@@ -113,11 +113,12 @@ def run(
             ("distill", distill),
             ("evaluate", evaluate),
         ):
-            if name in wanted:
-                stage(driven)
-            if name in wanted and stage in (synthesize, distill):
+            if name not in wanted:
+                continue
+            stage(driven)
+            if stage in (synthesize, distill):
                 for each in runs:
-                    write_board(each)
+                    write_board(each, [name])
         report = None
         if "report" in wanted:
             with storage_errors(runs[0].store.url):

@@ -6,7 +6,7 @@ the same bytes: no date, no random ids.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -252,27 +252,36 @@ def loss_plot(summaries: Sequence[RunSummary]) -> str | None:
     ]
     if not curves:
         return None
+
+    def draw(axes: Axes, term: int) -> None:
+        for number, (label, units) in enumerate(curves):
+            values = np.array([(unit.ce, unit.bn)[term] for unit in units], dtype=float)  # None becomes NaN: a gap
+            axes.plot(
+                np.arange(len(values)),
+                values,
+                color=SERIES[number % len(SERIES)],
+                linewidth=1.4,
+                marker="o" if len(values) <= 40 else None,
+                markersize=3,
+                label=shortened(label),
+            )
+
     with mpl.rc_context(STYLE):
         figure = new_figure(3.4 + 0.1 * len(curves))
-        panels = figure.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
-        for axes, term, name in zip(panels, ("ce", "bn"), ("cross-entropy", "statistics term"), strict=True):
-            for number, (label, units) in enumerate(curves):
-                values = np.array([getattr(unit, term) for unit in units], dtype=float)  # None becomes NaN: a gap
-                axes.plot(
-                    np.arange(len(values)),
-                    values,
-                    color=SERIES[number % len(SERIES)],
-                    linewidth=1.4,
-                    marker="o" if len(values) <= 40 else None,
-                    markersize=3,
-                    label=shortened(label),
-                )
-            axes.set_ylabel(scaled(axes, name))
-            axes.tick_params(axis="y", labelcolor=MUTED)
-        panels[-1].set_xlabel("unit, in plan order")
-        panels[-1].xaxis.get_major_locator().set_params(integer=True)
-        add_legend(panels[0])
+        draw_loss_terms(figure, draw, across="unit, in plan order")
         return svg_of(figure, "losses", "Loss terms of every unit at its last iteration")
+
+
+def draw_loss_terms(figure: Figure, draw: Callable[[Axes, int], None], *, across: str) -> None:
+    """Two panels over one axis: `draw` is called with those of the cross-entropy (0) and of the statistics term (1)."""
+    panels = figure.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
+    for term, (axes, name) in enumerate(zip(panels, ("cross-entropy", "statistics term"), strict=True)):
+        draw(axes, term)
+        axes.set_ylabel(scaled(axes, name))
+        axes.tick_params(axis="y", labelcolor=MUTED)
+    panels[-1].set_xlabel(across)
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    add_legend(panels[0])
 
 
 def scaled(axes: Axes, name: str) -> str:

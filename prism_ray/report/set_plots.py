@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from prism_ray.report.comparison import one_per_image_set
@@ -15,9 +16,8 @@ from prism_ray.report.plots import (
     SOFT,
     STYLE,
     WIDTH_IN,
-    add_legend,
+    draw_loss_terms,
     new_figure,
-    scaled,
     shortened,
     svg_of,
 )
@@ -70,28 +70,25 @@ def curve_plot(summaries: Sequence[RunSummary]) -> str | None:
     runs = [(label, histories) for label, histories in runs if histories]
     if not runs:
         return None
+
+    def draw(axes: Axes, term: int) -> None:
+        for number, (label, histories) in enumerate(runs):
+            for place, history in enumerate(_some(histories, max(1, MOST_CURVES // len(runs)))):
+                x, y = np.array([[point[0], point[1 + term]] for point in history], dtype=float).T
+                axes.plot(
+                    x,
+                    y,
+                    color=SERIES[number % len(SERIES)],
+                    # Colors alone do not tell more than one run apart for everybody.
+                    linestyle=("-", "--", ":", "-.")[number % 4],
+                    linewidth=0.9,
+                    alpha=0.75,
+                    label=shortened(label) if place == 0 else None,
+                )
+
     with mpl.rc_context(STYLE):
         figure = new_figure(3.4 + 0.1 * len(runs))
-        panels = figure.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
-        for axes, term, name in zip(panels, (1, 2), ("cross-entropy", "statistics term"), strict=True):
-            for number, (label, histories) in enumerate(runs):
-                for place, history in enumerate(_some(histories, max(1, MOST_CURVES // len(runs)))):
-                    x, y = np.array([[point[0], point[term]] for point in history], dtype=float).T
-                    axes.plot(
-                        x,
-                        y,
-                        color=SERIES[number % len(SERIES)],
-                        # Colors alone do not tell more than one run apart for everybody.
-                        linestyle=("-", "--", ":", "-.")[number % 4],
-                        linewidth=0.9,
-                        alpha=0.75,
-                        label=shortened(label) if place == 0 else None,
-                    )
-            axes.set_ylabel(scaled(axes, name))
-            axes.tick_params(axis="y", labelcolor=MUTED)
-        panels[-1].set_xlabel("iteration")
-        panels[-1].xaxis.get_major_locator().set_params(integer=True)
-        add_legend(panels[0])
+        draw_loss_terms(figure, draw, across="iteration")
         return svg_of(figure, "curves", "Loss terms of units over their iterations")
 
 
