@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ LOOK_TIMEOUT_S = 10.0
 IMPORT_TIMEOUT_S = 120.0
 METADATA = (b"CLUSTER_METADATA", b"cluster")
 """Key and namespace under which a cluster keeps its versions."""
+
+LAST_WORDS = "prism-ray: ended at once, by Ray or from outside; run the same command to continue"
 
 
 def local_resources(compute: ComputeConfig) -> tuple[float, float]:
@@ -214,6 +216,7 @@ def start(compute: ComputeConfig) -> None:
     """
     address = cluster_address(compute)
     local = address is None
+    _last_words.promise()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
@@ -309,10 +312,46 @@ class Notice:
         return self._given
 
 
+class _LastWords:
+    """A line on stderr for the case that Ray's core ends this process where it stands, which no handler here sees.
+
+    It does when the raylet or the head of the cluster is lost. A shell waits at the end of a pipe: it says the line if
+    the pipe closes without a word, as it does with this process.
+    """
+
+    SCRIPT = 'read -r word || printf "%s\\n" "$0" >&2'
+
+    def __init__(self) -> None:
+        self._shell: subprocess.Popen[bytes] | None = None
+
+    def promise(self) -> None:
+        """From here on this process leaves with a line, however it ends. Does nothing where there is no shell."""
+        self.unsay()
+        # In a session of its own: what kills the group of this process is to be told of too.
+        with suppress(OSError):
+            self._shell = subprocess.Popen(
+                ["/bin/sh", "-c", self.SCRIPT, LAST_WORDS],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def unsay(self) -> None:
+        """From here on the process ends in order."""
+        if self._shell is not None:
+            with suppress(OSError):  # it may have been killed with the other processes below this one
+                self._shell.communicate(b"unsaid\n")
+            self._shell = None
+
+
+_last_words = _LastWords()
+
+
 def abandon(compute: ComputeConfig) -> None:
     """End a local cluster without waiting for its work. One that was joined ends this driver's actors by itself."""
     if cluster_address(compute) is None:
         end_children()
+    _last_words.unsay()
 
 
 def stop() -> None:
@@ -320,3 +359,4 @@ def stop() -> None:
     import ray
 
     ray.shutdown()
+    _last_words.unsay()
