@@ -39,6 +39,14 @@ class Point:
     seconds: float
 
 
+def has_board(run: Run, stage: str) -> bool:
+    """Whether a finished run has the event files of a stage: nothing was made since they were written."""
+    if run.ledger.manifest() is None:
+        return False
+    names = ["synthesize"] if stage == SYNTHESIZE else sorted(run.ledger.receipts(DISTILL))
+    return all(run.store.size(f"{FOLDER}/{name}/{FILE}") is not None for name in names)
+
+
 def write_board(run: Run, stages: Collection[str] = (SYNTHESIZE, DISTILL)) -> None:
     """Bring the event files of stages of a run up to date; nothing without tensorboardX."""
     try:

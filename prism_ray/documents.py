@@ -6,7 +6,9 @@ kilobyte can say 2**30 of them), keep halves of characters that nothing can writ
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -50,34 +52,50 @@ def record(kind: type[T], content: Any) -> T:
     """
     if not isinstance(content, dict):
         raise ValueError(f"is a {type(content).__name__}; expected an object")
-    hints = get_type_hints(kind)
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
-    for name in sorted(needed - set(content)):
+    checks, needed = _fields_of(kind)
+    for name in sorted(needed - content.keys()):
         raise ValueError(f"lacks {name!r}")
     for name, value in content.items():
-        if name not in hints:
+        if name not in checks:
             raise ValueError(f"has the unknown field {name!r}")
-        if not fits(value, hints[name]):
+        if not checks[name](value):
             raise ValueError(f"has a {type(value).__name__} as {name!r}")
     return kind(**content)
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a parsed value is of an annotated type, and so are its parts."""
+    return _check_of(kind)(value)
+
+
+@lru_cache
+def _fields_of(kind: Any) -> tuple[dict[str, Callable[[Any], bool]], set[str]]:
+    """How the value of each field of a dataclass is looked at, and which fields have no default."""
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    return {name: _check_of(hint) for name, hint in get_type_hints(kind).items()}, needed
+
+
+@lru_cache
+def _check_of(kind: Any) -> Callable[[Any], bool]:
+    """`fits` for one annotation, taken apart once: a run has thousands of records of a kind."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
-        return True
+        return lambda value: True
     if origin in (Union, UnionType):
-        return any(fits(value, each) for each in arguments)
+        parts = [_check_of(each) for each in arguments]
+        return lambda value: any(part(value) for part in parts)
     if origin is Literal:
-        return value in arguments
+        return lambda value: value in arguments
     if origin is list:
-        return type(value) is list and all(fits(part, arguments[0]) for part in value)
+        part = _check_of(arguments[0])
+        return lambda value: type(value) is list and all(map(part, value))
     if origin is dict:
-        return type(value) is dict and all(fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items())
+        of_key, of_value = (_check_of(each) for each in arguments)
+        return lambda value: type(value) is dict and all(map(of_key, value)) and all(map(of_value, value.values()))
     if kind is float:
-        return type(value) in (int, float)
-    return type(value) is (NoneType if kind is None else kind)
+        return lambda value: type(value) in (int, float)
+    exact = NoneType if kind is None else kind
+    return lambda value: type(value) is exact
 
 
 def parse_yaml(text: str) -> Any:

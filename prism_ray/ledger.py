@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from prism_ray.documents import fits
 from prism_ray.errors import Drained, Fenced, InputError, PrismError, StorageError, one_line, redacted, shortened
 from prism_ray.lock import check_epoch
 from prism_ray.schema import table_bytes
-from prism_ray.storage import Store, parsed_json, read_json, sha256_of, to_json
+from prism_ray.storage import Store, open_store, parsed_json, read_json, sha256_of, to_json
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
@@ -102,19 +103,22 @@ class GivenUp:
 
 
 class Ledger:
-    """The record of one run, in its folder. Stateless: every answer is read from the store."""
+    """The record of one run, in its folder. Every answer is read from the store; what it has read before, it knows."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._parsed: dict[str, tuple[bytes, Receipt]] = {}
 
     # Receipts
 
     def receipts(self, stage: str) -> dict[str, Receipt]:
         """Receipts of a stage by unit name."""
-        folder, found = f"receipts/{stage}", {}
-        for key, data in self.store.read_all(folder).items():
-            receipt = parsed_json(data, self.store.url_of(key), Receipt)
-            found[receipt.name] = receipt
+        found = {}
+        for key, data in self.store.read_all(f"receipts/{stage}").items():
+            known = self._parsed.get(key)
+            if known is None or known[0] is not data:  # stores give what has not changed as the same object
+                known = self._parsed[key] = (data, parsed_json(data, partial(self.store.url_of, key), Receipt))
+            found[known[1].name] = known[1]
         return found
 
     def receipt(self, stage: str, name: str) -> Receipt | None:
@@ -196,7 +200,7 @@ class Ledger:
 
     def fail_attempt(self, key: str, error: BaseException, *, stack: str = "") -> None:
         """Turn a start marker into a failure with its reason; `stack` says where, if the error itself does not."""
-        marker = asdict(parsed_json(self.store.read(key), key, Marker))
+        marker = asdict(parsed_json(self.store.read(key), partial(self.store.url_of, key), Marker))
         text = stack or "".join(traceback.format_exception(error))
         self.store.put(key, to_json({**marker, "error": _reason(error), "traceback": redacted(text)[-8000:]}))
 
@@ -204,7 +208,7 @@ class Ledger:
         """Reasons of the attempts that count: errors, and deaths that the driver and the node survived."""
         reasons = []
         for key, data in self.store.read_all(f"attempts/{stage}/{name}").items():
-            marker = parsed_json(data, self.store.url_of(key), Marker)
+            marker = parsed_json(data, partial(self.store.url_of, key), Marker)
             if marker.error is not None:
                 reasons.append(marker.error)
             elif marker.epoch == epoch and marker.node in live_nodes:
@@ -222,7 +226,7 @@ class Ledger:
     def quarantined(self) -> list[dict[str, Any]]:
         """Every unit that was given up."""
         entries = self.store.read_all("quarantine/units").items()
-        return [asdict(parsed_json(data, self.store.url_of(key), GivenUp)) for key, data in entries]
+        return [asdict(parsed_json(data, partial(self.store.url_of, key), GivenUp)) for key, data in entries]
 
     def retry(self) -> int:
         """Forget quarantine and attempts, so that the next run tries again; returns the number of units."""
@@ -321,6 +325,12 @@ class Ledger:
         line = {"event": kind, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **content}
         with suppress(StorageError):  # a line for people is no reason to end a run; the next object says the same
             self.store.append("events.jsonl", json.dumps(line, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def open_ledger(url: str) -> Ledger:
+    """The record of the run at this address, one per process: it knows what it has read."""
+    return Ledger(open_store(url))
 
 
 @dataclass(frozen=True)

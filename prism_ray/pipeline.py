@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from prism_ray import summary
 from prism_ray.artifacts import artifact_facts
-from prism_ray.board import write_board
+from prism_ray.board import has_board, write_board
 from prism_ray.checks import check_before_start
 from prism_ray.config import STAGES, Config, Row
 from prism_ray.data.prepared import prepare_dataset
@@ -118,7 +118,8 @@ def run(
             stage(driven)
             if stage in (synthesize, distill):
                 for each in runs:
-                    write_board(each, [name])
+                    if not has_board(each, name):
+                        write_board(each, [name])
         report = None
         if "report" in wanted:
             with storage_errors(runs[0].store.url):

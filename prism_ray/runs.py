@@ -18,7 +18,7 @@ from prism_ray.documents import parse_yaml
 from prism_ray.errors import Fenced, InputError, PrismError, StorageError, one_line
 from prism_ray.generation import generator_digest
 from prism_ray.identity import config_hash, content_hash, images_hash, output_settings, plain, run_id
-from prism_ray.ledger import FOLDERS, MANIFEST, UNFINISHED, Ledger, Receipt
+from prism_ray.ledger import FOLDERS, MANIFEST, UNFINISHED, Ledger, Receipt, open_ledger
 from prism_ray.lock import RunLock
 from prism_ray.options import Init, LabelKind
 from prism_ray.plan import Unit, has_statistics, needs_starts, needs_statistics_pass, statistics_pool
@@ -97,7 +97,7 @@ class Run:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.store)
+        return open_ledger(self.store.url)
 
     @property
     def artifacts_dir(self) -> str:
@@ -158,7 +158,7 @@ class Run:
         index = open_store(self.config.storage)
         folder = f"artifacts/same_images/{images_hash(self.config)}"
         names = [key.rpartition("/")[2] for key in index.keys(folder)]
-        others = [Ledger(open_store(index.url_of(f"runs/{name}"))) for name in names if name != self.name]
+        others = [open_ledger(index.url_of(f"runs/{name}")) for name in names if name != self.name]
         index.put(f"{folder}/{self.name}", b"")
         pins = read_json(self.store, PINS) or {}
         others = [other for other in others if _agree(pins, other.store)]

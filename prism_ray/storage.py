@@ -17,9 +17,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import is_dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from prism_ray.documents import fits, parse_json, record
 from prism_ray.errors import InputError, PrismError, StorageError, shortened
@@ -30,6 +30,9 @@ TEMPORARY = ".tmp"
 
 
 ABANDONED_AFTER_S = 3600.0
+
+SETTLED_S, KNOWN_S = 2.0, 5.0
+"""A folder that has not changed for this long is known by its time of change, for so long."""
 
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links answer (exFAT, some FUSE mounts)."""
@@ -64,12 +67,30 @@ class Store(Protocol):
     def check_writable(self) -> None: ...
 
 
+class _Tag(NamedTuple):
+    """By which a file is known to be the one that was read: objects are only ever replaced, each by a new file."""
+
+    inode: int
+    modified_ns: int
+    size: int
+
+
+class _Listing(NamedTuple):
+    """The files of a folder, as of a change of it."""
+
+    changed: tuple[int, int]
+    until: float
+    files: dict[str, tuple[str, _Tag]]
+
+
 class LocalStore:
     """A folder on a file system with rename and hard links (any POSIX one)."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.url = str(self.root)
+        self._read: dict[str, tuple[dict[str, tuple[str, _Tag]], dict[str, bytes]]] = {}
+        self._listed: dict[str, _Listing] = {}
 
     def url_of(self, key: str) -> str:
         """An object's address: its path."""
@@ -95,12 +116,19 @@ class LocalStore:
         shutil.copyfile(self.path(key), path)
 
     def read_all(self, prefix: str) -> dict[str, bytes]:
-        """Every object below a folder, by key in order."""
-        found = {}
-        for key in self.keys(prefix):
-            with suppress(FileNotFoundError):  # removed since it was listed
-                found[key] = self.read(key)
-        return found
+        """Every object below a folder, by key in order. What has not changed since the last call isn't read again."""
+        files = self._files(prefix)
+        before, seen = self._read.get(prefix, ({}, {}))
+        if before is not files:
+            known, seen = seen, {}
+            for key, (path, tag) in files.items():
+                if key in known and before[key][1] == tag:
+                    seen[key] = known[key]
+                    continue
+                with suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:  # removed since it was listed
+                    seen[key] = file.read()
+            self._read[prefix] = (files, seen)
+        return dict(seen)
 
     def size(self, key: str) -> int | None:
         """Bytes, or None where there is no such object."""
@@ -108,16 +136,42 @@ class LocalStore:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Bytes of every object below a folder by its key, sorted."""
-        sizes = {key: _size(self.root / key) for key in self.keys(prefix)}
-        return {key: size for key, size in sizes.items() if size is not None}
+        return {key: tag.size for key, (_, tag) in self._files(prefix).items()}
 
     def keys(self, prefix: str) -> list[str]:
         """Every key below a folder, sorted."""
-        folder = self.path(prefix)
-        found = (
-            [p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
-        )
-        return sorted(found)
+        return list(self._files(prefix))
+
+    def _files(self, prefix: str) -> dict[str, tuple[str, _Tag]]:
+        """Path and tag of every file below a folder, by key, sorted.
+
+        Objects come and go by changes of their folder, so one that was looked at a moment ago is known by its time of
+        change: a command asks often, of thousands of objects.
+        """
+        folder = str(self.path(prefix))
+        began, changed = time.time(), _changed(folder)
+        if prefix in self._listed:
+            listing = self._listed[prefix]
+            if listing.changed == changed and began < listing.until:
+                return listing.files
+        found, folders = {}, [(folder, prefix)]
+        for at, above in folders:  # which grows
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(at) as entries:
+                for entry in entries:
+                    key = f"{above}/{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append((entry.path, key))
+                        continue
+                    with suppress(FileNotFoundError):  # removed since it was listed, or a link to nowhere
+                        status = entry.stat()
+                        if stat.S_ISREG(status.st_mode):
+                            found[key] = (entry.path, _Tag(status.st_ino, status.st_mtime_ns, status.st_size))
+        found = dict(sorted(found.items()))
+        # One that has just changed may change again unseen, in the same tick of the file system's clock; and what
+        # changes inside of a folder in it does not show.
+        if changed is not None and len(folders) == 1 and began - changed[1] / 1e9 > SETTLED_S:
+            self._listed[prefix] = _Listing(changed, began + KNOWN_S, found)
+        return found
 
     def sha256(self, key: str) -> str:
         """Digest of an object's content. Raises FileNotFoundError."""
@@ -287,19 +341,25 @@ def open_store(url: str) -> Store:
     scheme, separator, rest = url.partition("://")
     if not separator:
         try:
-            return LocalStore(Path(url).expanduser())
+            return _local_store(str(Path(url).expanduser().absolute()))
         except RuntimeError as error:
             raise InputError(f"storage={url!r}: has no home folder; write the path without ~") from error
     if scheme == "file":
         if not rest.startswith("/"):
             raise InputError(f"storage={url!r}: no absolute path; expected file:///FOLDER")
-        return LocalStore(rest)
+        return _local_store(rest)
     if not rest.strip("/"):
         raise InputError(f"storage={url!r}: names no bucket; expected {scheme}://BUCKET/FOLDER")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in ("file", *SCHEMES))
         raise InputError(f"storage={url!r}: scheme {scheme!r} is not supported; known: a local path, {known}")
     return _object_store(url.rstrip("/"))
+
+
+@lru_cache(maxsize=256)
+def _local_store(path: str) -> LocalStore:
+    """One per process and folder, as for addresses."""
+    return LocalStore(path)
 
 
 @lru_cache(maxsize=256)
@@ -365,11 +425,11 @@ def read_json(store: Store, key: str, kind: Any = dict[str, Any]) -> Any | None:
         data = store.read(key)
     except FileNotFoundError:
         return None
-    return parsed_json(data, store.url_of(key), kind)
+    return parsed_json(data, partial(store.url_of, key), kind)
 
 
-def parsed_json(data: bytes, shown: str, kind: Any = dict[str, Any]) -> Any:
-    """Content of a JSON object, called `shown` in the message; see `read_json` for `kind`.
+def parsed_json(data: bytes, shown: Callable[[], str], kind: Any = dict[str, Any]) -> Any:
+    """Content of a JSON object, in a message called what `shown` answers; see `read_json` for `kind`.
 
     Raises:
         PrismError: it is damaged.
@@ -383,7 +443,7 @@ def parsed_json(data: bytes, shown: str, kind: Any = dict[str, Any]) -> Any:
         return content
     except ValueError as error:
         raise PrismError(
-            f"{shown}: damaged, not what belongs there ({shortened(error)}); delete it and run the same command again"
+            f"{shown()}: damaged, not what belongs there ({shortened(error)}); delete it and run the same command again"
         ) from error
 
 
@@ -445,6 +505,14 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _changed(folder: str) -> tuple[int, int] | None:
+    """Inode of a folder and when its entries last changed, in ns; None where there is none."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        status = os.stat(folder)
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _size(path: Path) -> int | None:

@@ -15,10 +15,10 @@ from prism_ray.data.prepared import PreparedDataset
 from prism_ray.data.records import class_ids_of
 from prism_ray.errors import InputError, PrismError
 from prism_ray.identity import content_hash, plain
-from prism_ray.ledger import Ledger, Receipt
+from prism_ray.ledger import Ledger, Receipt, open_ledger
 from prism_ray.options import Init, LabelKind, Selection
 from prism_ray.plan import Unit, needs_starts, plan_units, reserved_images, selecting
-from prism_ray.storage import is_remote, open_store, read_json
+from prism_ray.storage import is_remote, read_json
 from prism_ray.weights import find_weights, is_folder
 
 SYNTHESIZE, RELABEL, DISTILL = "synthesize", "relabel", "distill"
@@ -60,7 +60,7 @@ class RunSpec:
     """By name, where the test sets of other domains are."""
 
     def ledger(self) -> Ledger:
-        return Ledger(open_store(self.run_dir))
+        return open_ledger(self.run_dir)
 
     def dataset(self) -> PreparedDataset:
         return open_dataset(self.dataset_dir)
@@ -469,7 +469,7 @@ def starts_item(spec: RunSpec, artifacts_dir: str | Path) -> StartsItem:
 
 def started_from(spec: RunSpec) -> Ledger:
     """The run of the same storage whose images this one starts from, see `method.init_run`."""
-    return Ledger(open_store(join(split(spec.run_dir)[0], str(spec.config.method.init_run))))
+    return open_ledger(join(split(spec.run_dir)[0], str(spec.config.method.init_run)))
 
 
 def check_starts(spec: RunSpec) -> None:

@@ -3,10 +3,12 @@
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from prism_ray import storage
 from prism_ray.errors import InputError, PrismError
 from prism_ray.storage import (
     TEMPORARY,
@@ -249,3 +251,41 @@ def test_a_log_grows_line_by_line(store: LocalStore) -> None:
     store.append("events.jsonl", "one")
     store.append("events.jsonl", "zwei ü")
     assert store.read("events.jsonl").decode() == "one\nzwei ü\n"
+
+
+def test_what_is_read_together_is_read_again_when_it_changed_and_only_then(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for n in range(3):
+        store.put(f"receipts/{n}.json", b"%d" % n)
+    os.utime(tmp_path / "receipts", (1, 1))  # a folder that has not changed for long
+    first = store.read_all("receipts")
+    assert first == {"receipts/0.json": b"0", "receipts/1.json": b"1", "receipts/2.json": b"2"}
+    assert all(store.read_all("receipts")[key] is first[key] for key in first)
+
+    store.put("receipts/1.json", b"x")
+    again = store.read_all("receipts")
+    assert again == first | {"receipts/1.json": b"x"}
+    assert again["receipts/0.json"] is first["receipts/0.json"]
+    store.remove("receipts/2.json")
+    assert set(store.read_all("receipts")) == set(store.sizes("receipts")) == {"receipts/0.json", "receipts/1.json"}
+
+
+def test_what_changes_in_place_shows_once_the_listing_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.put("images/a", b"whole")
+    os.utime(tmp_path / "images", (1, 1))
+    assert store.sizes("images") == {"images/a": 5}
+    (tmp_path / "images/a").write_bytes(b"cut")
+    now = time.time()
+    monkeypatch.setattr(storage.time, "time", lambda: now + 5.1)
+    assert store.sizes("images") == {"images/a": 3}
+    assert store.read_all("images") == {"images/a": b"cut"}
+
+
+def test_a_folder_in_a_folder_is_always_looked_into(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("attempts/unit/1.json", b"1")
+    os.utime(tmp_path / "attempts", (1, 1))
+    assert store.keys("attempts") == ["attempts/unit/1.json"]
+    (tmp_path / "attempts/unit/2.json").write_bytes(b"2")
+    assert store.keys("attempts") == ["attempts/unit/1.json", "attempts/unit/2.json"]

@@ -29,6 +29,10 @@ NODE_CACHE_S = 5.0
 ANSWER_S = 5.0
 """Time for the last answer of an actor that leaves with its node; one that is lost is asked for again elsewhere."""
 
+MANY = 50
+"""Units per actor from which one waits at each actor while it makes another: the time between two calls, which the
+driver needs, is then hidden, and the one unit more that an actor may have at the end weighs little."""
+
 RESTART_S = 120.0
 """A process that ended starts again within this time, Ray and models included."""
 
@@ -39,8 +43,8 @@ def run_units(
     """Make units on actors that hold the models, yielding how each ended, in the order they end.
 
     Ray Data neither decides what a unit is (a block holds one row, a call gets one block) nor writes anything: the
-    actor publishes its own shard, and errors come back as rows. An actor is given a unit when it has none, so a lost
-    node costs no more than the units that were being made there.
+    actor publishes its own shard, and errors come back as rows. An actor is given a unit when it has none, or one more
+    where there are many, see `MANY`; a lost node costs no more than the units that were being made there.
     """
     pools = pools_of(compute)
     counts = sizes(pools, list(cluster_nodes().values()), todo=len(chains), grows=compute.autoscaling)
@@ -52,6 +56,8 @@ def run_units(
     tries = compute.max_attempts * max(len(chain) for chain in chains)
     no_progress_s = tries * (compute.unit_timeout_s + RESTART_S)
     context.execution_no_progress_timeout_s = no_progress_s
+    actors = sum(counts.values())
+    in_flight = 2 if len(chains) >= MANY * actors else 1
     rows = [{"chain": json.dumps([asdict(ref) for ref in chain])} for chain in chains]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
@@ -60,7 +66,7 @@ def run_units(
             _Actor,
             batch_size=1,
             # Actors that the cluster has no room for yet wait, which is what an autoscaler goes by.
-            compute=ray.data.ActorPoolStrategy(size=sum(counts.values()), max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=in_flight),
             fn_constructor_kwargs={"specs": list(specs), "pools": pools},
             **_options(pools[0].need),
             ray_remote_args_fn=_in_turn(pools, counts) if len(pools) > 1 else None,

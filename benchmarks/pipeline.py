@@ -1,0 +1,299 @@
+"""What the pipeline around the kernel costs: runs on Ray beside a bare loop over the same units, and a finished run.
+
+    python benchmarks/pipeline.py CELL ... [--pairs 7] [--folder DIR]
+
+Cells, each a JSON line of medians (least, largest) over rounds in turn:
+
+- `long`: one actor of one thread, units of about 10 seconds. `ratio`: seconds per unit of the run over those of the
+  bare loop, in which a process makes the same units in a `for` with the same kernel and a thread of it writes the
+  files, without ledger, checksum or sync.
+- `short`: the same with units of about 100 ms.
+- `pair`: two actors of one thread beside two bare processes of one thread and beside one actor. `ratio`: units per
+  second of the actors over those of the processes.
+- `publish`: attempt, checksum, sync, receipt and footer check of such a unit, in milliseconds, and as a share of units
+  of 10 s, 1 s and 100 ms.
+- `finished`: seconds of the whole command on a run of 10,000 units that is done, and of the same command on one of 20.
+
+A run's seconds per unit are those between its first receipt and its last, so that neither the start of Ray nor of torch
+is in them; `start_s` is the time from the command to the first receipt, less a unit. `busy`: the share of an actor's
+time in which it makes and publishes units, the rest is between calls. Units are `method=sre2l`'s on digits, all alike.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+
+from benchmarks.measuring import circumstances, spread  # noqa: E402
+from prism_ray import pipeline  # noqa: E402
+from prism_ray.cli.compose import compose  # noqa: E402
+from prism_ray.config import Row  # noqa: E402
+from prism_ray.ledger import Attempt, run_unit  # noqa: E402
+from prism_ray.progress import Progress  # noqa: E402
+from prism_ray.runs import open_run  # noqa: E402
+from prism_ray.stages.synthesize import Synthesizer  # noqa: E402
+from prism_ray.work import RunSpec, image_receipt  # noqa: E402
+
+CELLS = ("long", "short", "pair", "publish", "finished")
+BATCH = 50
+RECIPE = ["recipe=digits", "method=sre2l", "method.batch_plan=single_class"]
+ALIKE = [*RECIPE, f"method.batch_size={BATCH}", "stages=[prepare,teach,synthesize]", "compute.unit_checkpoint_s=null"]
+MANY = [
+    *("recipe=digits_smoke", "method.init=noise", "method.batch_size=1", "method.iterations=1", "labels.views=1"),
+    *("student.steps=2", "compute=inline", "stages=[prepare,teach,synthesize,relabel,distill]"),
+]
+
+
+class Lab:
+    """Storages with trained teachers, and commands on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._count = folder, 0
+        self.source = folder / "source"
+        if not self.source.exists():
+            product(self.source, [*ALIKE, "stages=[prepare,teach]", "compute=inline"])
+
+    def fresh(self) -> Path:
+        self._count += 1
+        storage = self.folder / f"storage-{self._count:04d}"
+        shutil.copytree(self.source / "artifacts", storage / "artifacts", copy_function=os.link)
+        return storage
+
+    def settings(self, storage: Path, *, units: int, iterations: int) -> list[str]:
+        classes = [str(n) for n in range(min(units, 10))]  # a unit holds images of one class
+        per_class = BATCH * (units // len(classes))
+        own = [f"images_per_class={per_class}", f"classes={json.dumps(classes)}", f"method.iterations={iterations}"]
+        return [*ALIKE, *own, f"storage={storage}"]
+
+    def step_s(self) -> float:
+        """Seconds of an iteration on this machine."""
+        storage = self.fresh()
+        stamps = loop(self.settings(storage, units=3, iterations=200), storage)
+        return between(stamps, 1) / 200
+
+
+def product(storage: Path, settings: Sequence[str]) -> tuple[float, float]:
+    """Run the product's own command; when it began, and its seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    began = time.time()
+    command = [sys.executable, "-m", "prism_ray", "run", *settings, f"storage={storage}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-500:]}{done.stderr[-2000:]}"
+        )
+    return began, time.time() - began
+
+
+def spec_of(settings: Sequence[str]) -> RunSpec:
+    """The run as a worker sees it."""
+    config = compose([*settings, "compute=inline", "compute.threads=1"])
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
+        run = open_run(Row("benchmark", config), stack)
+        runtime = stack.enter_context(pipeline.make_runtime(config))
+        command = pipeline.Command([run], runtime, stack.enter_context(Progress(nowhere)), [])
+        for stage in (pipeline.prepare, pipeline.teach):
+            stage(command)
+        return run.spec()
+
+
+def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1, wait: bool = False) -> list[float]:
+    """The bare loop over every `parts`-th unit: when each file was written."""
+    spec = spec_of(settings)
+    units, synthesizer, stamps = spec.units()[part::parts], Synthesizer(spec), []
+
+    def write(table: pa.Table, path: Path) -> None:
+        pq.write_table(table, path)
+        stamps.append(time.time())
+
+    if wait:  # for the other process
+        print("ready", flush=True)
+        sys.stdin.readline()
+    with ThreadPoolExecutor(1) as writer:
+        for unit in units:
+            table, _ = synthesizer.compute(unit)
+            writer.submit(write, table, folder / f"{unit.name}.parquet")
+    return stamps
+
+
+def bare(lab: Lab, *, processes: int, units: int, iterations: int) -> dict[str, float]:
+    """Seconds per unit of processes that share the units."""
+    storage = lab.fresh()
+    settings = lab.settings(storage, units=units, iterations=iterations)
+    spec_of(settings)  # what the processes find
+    command = [sys.executable, __file__, "--loop", json.dumps(settings), str(storage)]
+    running = [
+        subprocess.Popen([*command, str(n), str(processes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for n in range(processes)
+    ]
+    try:
+        for each in running:
+            assert each.stdout is not None
+            assert each.stdout.readline() == "ready\n"
+        for each in running:
+            assert each.stdin is not None
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        stamps = [stamp for each in running for stamp in json.loads(each.communicate()[0])]
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+    shutil.rmtree(storage)
+    return {"unit_s": between(stamps, processes)}
+
+
+def on_ray(lab: Lab, *, actors: int, units: int, iterations: int) -> dict[str, float]:
+    """Seconds per unit of a run, the share of them that its receipts count as making, and its start."""
+    storage = lab.fresh()
+    settings = lab.settings(storage, units=units, iterations=iterations)
+    began, seconds = product(
+        storage, [*settings, "compute=ray", f"compute.actors={actors}", "compute.threads=1", "compute.cpus=2"]
+    )
+    files = list(storage.glob("runs/*/receipts/synthesize/*.json"))
+    assert len(files) == units
+    stamps = [file.stat().st_mtime for file in files]
+    made = median(json.loads(file.read_text())["seconds"] for file in files)
+    unit_s = between(stamps, actors)
+    shutil.rmtree(storage)
+    return {
+        "unit_s": unit_s,
+        "making": made / actors / unit_s,
+        "start_s": min(stamps) - began - made,
+        "end_s": began + seconds - max(stamps),
+    }
+
+
+def between(stamps: Sequence[float], workers: int) -> float:
+    """Seconds per unit from when every worker has made one."""
+    ordered = sorted(stamps)
+    return (ordered[-1] - ordered[workers - 1]) / (len(ordered) - workers)
+
+
+def in_turn(sides: dict[str, Callable[[], dict[str, float]]], *, pairs: int) -> dict[str, list[dict[str, float]]]:
+    """What each side measured, round after round, in an order that turns around."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(pairs):
+        for name in list(sides)[:: 1 if number % 2 else -1]:
+            found[name].append(sides[name]())
+            print(f"{name} {found[name][-1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def one_actor(lab: Lab, *, unit_s: float, units: int, pairs: int) -> dict[str, Any]:
+    iterations = max(1, round(unit_s / lab.step_s()))
+    same = {"units": units, "iterations": iterations}
+    sides = {"ray": partial(on_ray, lab, actors=1, **same), "bare": partial(bare, lab, processes=1, **same)}
+    found = in_turn(sides, pairs=pairs)
+    publish_s = publishing(lab)
+    return {
+        **same,
+        "unit_s": {name: spread([each["unit_s"] for each in own]) for name, own in found.items()},
+        "ratio": spread([a["unit_s"] / b["unit_s"] for a, b in zip(found["ray"], found["bare"], strict=True)]),
+        "making": spread([each["making"] for each in found["ray"]]),
+        "busy": spread([each["making"] + publish_s / each["unit_s"] for each in found["ray"]]),
+        "start_s": spread([each["start_s"] for each in found["ray"]]),
+        "end_s": spread([each["end_s"] for each in found["ray"]]),
+    }
+
+
+def two_actors(lab: Lab, *, unit_s: float, units: int, pairs: int) -> dict[str, Any]:
+    iterations = max(1, round(unit_s / lab.step_s()))
+    same = {"units": units, "iterations": iterations}
+    sides = {
+        "two actors": partial(on_ray, lab, actors=2, **same),
+        "two processes": partial(bare, lab, processes=2, **same),
+        "one actor": partial(on_ray, lab, actors=1, units=max(2, units // 2), iterations=iterations),
+    }
+    found = in_turn(sides, pairs=pairs)
+    seconds = {name: [each["unit_s"] for each in own] for name, own in found.items()}
+    return {
+        **same,
+        "unit_s": {name: spread(own) for name, own in seconds.items()},
+        "ratio": spread([b / a for a, b in zip(seconds["two actors"], seconds["two processes"], strict=True)]),
+        "over_one_actor": spread([b / a for a, b in zip(seconds["two actors"], seconds["one actor"], strict=True)]),
+    }
+
+
+def publishing(lab: Lab, *, repeats: int = 30) -> float:
+    """Seconds that a unit's attempt and publication take besides its making, median."""
+    storage, seconds = lab.fresh(), []
+    spec = spec_of(lab.settings(storage, units=repeats, iterations=1))
+    synthesizer, ledger = Synthesizer(spec), spec.ledger()
+    attempt = Attempt(spec.epoch, "node", lambda: {"node"}, 3, 3600.0)
+    for unit in spec.units():
+        made = synthesizer.compute(unit)
+        began = time.monotonic()
+        outcome = run_unit(ledger, image_receipt(unit), lambda made=made: made, attempt)
+        seconds.append(time.monotonic() - began)
+        assert outcome.status == "done", outcome
+    shutil.rmtree(storage)
+    return median(seconds)
+
+
+def publish(lab: Lab, *, pairs: int) -> dict[str, Any]:
+    found = [publishing(lab) for _ in range(pairs)]
+    shares = {f"of {unit:g} s": round(100 * median(found) / unit, 3) for unit in (10, 1, 0.1)}
+    return {"ms": spread([1e3 * each for each in found]), "percent": shares, "images": BATCH}
+
+
+def finished(lab: Lab, *, units: int, pairs: int) -> dict[str, Any]:
+    storages = {}
+    for count in (units, 20):
+        settings = [*MANY, f"images_per_class={max(1, count // 10)}"]
+        storages[count] = (lab.folder / f"finished-{count}", settings)
+        product(*storages[count])
+    again = {str(n): partial(lambda at: {"s": product(*at)[1]}, at) for n, at in storages.items()}
+    found = in_turn(again, pairs=pairs)
+    return {"units": units, "s": {name: spread([each["s"] for each in own]) for name, own in found.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", metavar="CELL", default=[], help=f"of {', '.join(CELLS)}; all otherwise")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--seconds", type=float, help="of a unit of `long` (10) and `pair` (2)")
+    parser.add_argument("--units", type=int, help="of `long` (3), `short` (200), `pair` (8) and `finished` (10000)")
+    parser.add_argument("--folder", type=Path, help="where storages are kept; a temporary folder otherwise")
+    parser.add_argument("--loop", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.loop:
+        settings, folder, part, parts = options.loop
+        print(json.dumps(loop(json.loads(settings), Path(folder), part=int(part), parts=int(parts), wait=True)))
+        return
+    if unknown := set(options.cells) - set(CELLS):
+        parser.error(f"unknown cells {', '.join(sorted(unknown))}; known: {', '.join(CELLS)}")
+    pairs, seconds, units = options.pairs, options.seconds, options.units
+    with tempfile.TemporaryDirectory(prefix="pipeline-") as temporary:
+        lab = Lab(options.folder or Path(temporary))
+        cells: dict[str, Callable[[], dict[str, Any]]] = {
+            "long": lambda: one_actor(lab, unit_s=seconds or 10.0, units=units or 3, pairs=pairs),
+            "short": lambda: one_actor(lab, unit_s=0.1, units=units or 200, pairs=pairs),
+            "pair": lambda: two_actors(lab, unit_s=seconds or 2.0, units=units or 8, pairs=pairs),
+            "publish": lambda: publish(lab, pairs=pairs),
+            "finished": lambda: finished(lab, units=units or 10_000, pairs=pairs),
+        }
+        for name in options.cells or CELLS:
+            print(json.dumps({"cell": name, **cells[name](), **circumstances(pairs)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
