@@ -9,6 +9,7 @@ from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_
 from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
+from prism_ray.device_time import Work, time_lines
 from prism_ray.errors import InputError, PrismError, within
 from prism_ray.generation import TRAIN
 from prism_ray.identity import run_id
@@ -45,14 +46,18 @@ def describe(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Operations of a run."""
+    """Operations of a run, those of inversion by unit."""
 
-    synthesis_flops: float
+    unit_flops: list[float]
     label_flops: float
+
+    @property
+    def synthesis_flops(self) -> float:
+        return sum(self.unit_flops)
 
 
 def plan_text(config: Config) -> str:
-    """Units, images, bytes, operations and device-hours of a run. Makes nothing and starts nothing."""
+    """Units, images, bytes, operations, time and cost of a run. Makes nothing and starts nothing."""
     dataset = find_prepared(config.dataset, open_store(config.storage).url_of("artifacts"))
     names, units = _planned(config, dataset)
     num_images = sum(len(unit.images) for unit in units)
@@ -66,8 +71,9 @@ def plan_text(config: Config) -> str:
     students, searches = (len(tried) * len(student.labels) for tried in (student.seeds, student.lr_grid))
     search = f", and {searches} to try learning rates" if searches else ""
     steps = student_steps(student, num_images)
+    run = locate(Row("", config))
     lines = [
-        f"{describe(config)}: {'begun' if locate(Row('', config)).store.size('config.yaml') else 'not begun'}",
+        f"{describe(config)}: {'begun' if run.store.size('config.yaml') else 'not begun'}",
         f"  classes     {len(names)}",
         f"  units       {len(units)}, each one shard and one task",
         f"  images      {num_images} of {sides}x{sides}, at most {format_bytes(pixel_bytes)} of pixels",
@@ -84,15 +90,19 @@ def plan_text(config: Config) -> str:
     estimate = estimate_operations(config, units, forward)
     rate = config.compute.effective_tflops * 1e12
     counted = [("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)]
+    image_flops: list[float] | None = estimate.unit_flops
     if config.method.engine is Engine.diffusion:
         sampling = _sampling_flops(config, sum(forward[name] for name in energy_teachers(config)))
         cost = "a generator that is not here yet" if sampling is None else f"{sampling:.3g} FLOP per image"
         lines.append(f"  sampling    {config.method.sampling.steps} steps, {cost}")
         counted[:1] = [] if sampling is None else [("synthesis", num_images * sampling)]
+        image_flops = None if sampling is None else [len(unit.images) * sampling for unit in units]
     for name, flops in counted:
         hours, speed = flops / rate / 3600, config.compute.effective_tflops
         lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
-    return "\n".join(lines)
+    label_flops = estimate.label_flops / num_images if views else 0.0
+    work = Work(units, image_flops, [len(unit.images) * label_flops for unit in units])
+    return "\n".join([*lines, *time_lines(config, run, work)])
 
 
 def label_blob_bytes(labels: LabelsConfig, num_classes: int) -> int:
@@ -179,10 +189,11 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
         students = len(config.student.seeds) + len(config.student.lr_grid)
         views = students * student_steps(config.student, num_images) * config.student.batch_size
     labels = views * sum(forward[name] for name in label_teachers(config))
-    synthesis = 0.0
-    for unit in units if config.method.engine is Engine.inversion else []:
+    synthesis = [0.0] * len(units)
+    for n, unit in enumerate(units if config.method.engine is Engine.inversion else []):
         for iterations, guiding in guided(config, unit):
-            synthesis += 2 * len(unit.images) * len(iterations) * sum(forward[n] for n in asked(config, guiding))
+            networks = sum(forward[name] for name in asked(config, guiding))
+            synthesis[n] += 2 * len(unit.images) * len(iterations) * networks
     return Estimate(synthesis, labels)
 
 

@@ -3,8 +3,8 @@
     E(tau) = (1 / lambda + R) (exp(lambda tau) - 1)
 
 is the time in which a stretch of tau seconds is done by an actor that is lost lambda times a second without notice,
-begins the stretch anew and needs R seconds to be back; tau for lambda = 0. A unit is made of such stretches: the whole
-of it, or what lies between two times that it keeps its state. To first order in lambda a loss costs R and half a stretch.
+begins the stretch anew and needs R seconds to be back; tau for lambda = 0. A stretch is a whole unit, or what lies
+between two times that it keeps its state. To first order in lambda a loss costs R and half a stretch.
 Source: Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps", eq. 13, with
 recovery that is not itself interrupted.
 
