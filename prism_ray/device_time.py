@@ -248,7 +248,7 @@ def _time_text(count: int, found: Forecast, *, named: bool) -> str:
     parts = [
         f"{count} actor{'s' if count > 1 else ''}: {duration(found.makespan_s)}",
         f"{format_digits(hours)} device-hours",
-        f"{100 * found.efficiency:.0f} % of them work",
+        f"{found.efficiency:.0%} of them work",
     ]
     if named:
         parts.insert(2, "(" + ", ".join(f"{n} {format_digits(h)}" for n, h in found.device_hours.items()) + ")")
