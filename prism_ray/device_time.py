@@ -274,7 +274,7 @@ def size_warnings(
             f"compute.unit_timeout_s={timeout_s:g} ends the longest unit, which takes {duration(longest_s)}: raise it "
             f"to {math.ceil(2 * longest_s)}, or lower method.batch_size{OTHER}"
         )
-    stretch_s = min(longest_s, overheads.checkpoint_s or math.inf)
+    stretch_s = overheads.stretch_s(longest_s)
     if stretch_s > MUCH_S:
         lines.append(
             f"a node that is lost takes up to {duration(stretch_s)} of work along: set "

@@ -8,8 +8,8 @@ between two times that it keeps its state. To first order in lambda a loss costs
 Source: Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps", eq. 13, with
 recovery that is not itself interrupted.
 
-Left out: units that slow each other down on one device or one link, writing of kept state, retries of units that fail,
-preparation, teachers and students. A node that leaves with notice loses less than is counted here.
+Left out: units that slow each other down on one device or one link, writing of kept state, labels, which keep none,
+retries of units that fail, preparation, teachers and students. A node that leaves with notice loses less than this.
 """
 
 import heapq
@@ -35,6 +35,10 @@ class Overheads:
     """From the loss of an actor to its successor's first unit. Assumed; how long a new node takes is the cloud's."""
     checkpoint_s: float | None = None
     """Between two times that a unit keeps its state; None: never."""
+
+    def stretch_s(self, work_s: float) -> float:
+        """Most of so much work on a unit that is lost at once; a second where every step is kept."""
+        return work_s if self.checkpoint_s is None else min(work_s, max(self.checkpoint_s, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ def expected_s(unit_s: float, actors: Actors, overheads: Overheads) -> float:
     rate = actors.preemptions_per_hour / HOUR_S
     if rate == 0 or work_s == 0:
         return work_s + overheads.gap_s
-    stretch_s = min(work_s, overheads.checkpoint_s or math.inf)
+    stretch_s = overheads.stretch_s(work_s)
     full, rest_s = divmod(work_s, stretch_s)
     growth = full * math.expm1(min(rate * stretch_s, 700.0)) + math.expm1(min(rate * rest_s, 700.0))
     return (1 / rate + overheads.recovery_s) * growth + overheads.gap_s

@@ -1,6 +1,8 @@
 """The scaling model: limits, directions, and figures worked by hand."""
 
 import math
+import random
+import statistics
 import time
 from dataclasses import replace
 
@@ -100,6 +102,33 @@ def test_a_rare_loss_costs_recovery_and_half_of_what_is_not_kept(
     found = expected_s(unit_s, Actors(count=1, preemptions_per_hour=rate), overheads)
     losses = rate * unit_s / 3600
     assert found - unit_s == pytest.approx(losses * (120 + stretch_s / 2), rel=0.01)
+
+
+def played(unit_s: float, rate: float, overheads: Overheads, draws: random.Random) -> float:
+    """Seconds of one unit that is lost at random moments and goes on from what it kept last."""
+    at, kept_s, step_s = 0.0, 0.0, overheads.stretch_s(unit_s)
+    loss = draws.expovariate(rate)
+    while kept_s < unit_s:
+        wanted = min(step_s, unit_s - kept_s)
+        if loss < wanted:
+            at, loss = at + loss + overheads.recovery_s, draws.expovariate(rate)
+        else:
+            at, loss, kept_s = at + wanted, loss - wanted, kept_s + wanted
+    return at
+
+
+@pytest.mark.parametrize(("unit_s", "checkpoint_s"), [(3600.0, None), (3600.0, 300.0), (1000.0, 300.0)])
+def test_units_that_are_lost_at_random_take_as_long_as_expected(unit_s: float, checkpoint_s: float | None) -> None:
+    draws, overheads = random.Random(0), Overheads(gap_s=0, recovery_s=120, checkpoint_s=checkpoint_s)
+    mean = statistics.fmean(played(unit_s, 1 / 3600, overheads, draws) for _ in range(20_000))
+    expected = expected_s(unit_s, Actors(count=1, preemptions_per_hour=1.0), overheads)
+    assert mean == pytest.approx(expected, rel=0.02), "a standard error of 0.7 percent at most"
+
+
+def test_a_unit_that_keeps_every_step_loses_next_to_nothing() -> None:
+    often = Actors(count=1, preemptions_per_hour=1.0)
+    overheads = Overheads(gap_s=0, recovery_s=0, checkpoint_s=0)
+    assert expected_s(3600, often, overheads) == pytest.approx(3600, rel=1e-3)
 
 
 def test_the_driver_is_the_bound_where_units_are_too_short_for_the_actors() -> None:
