@@ -524,6 +524,13 @@ class PoolConfig:
     resources: dict[str, float] = setting(
         {}, doc="other resources reserved by an actor, as its nodes announce them", check=amounts, output=False
     )
+    tflops: float | None = setting(None, doc="for `plan`; null: compute.effective_tflops", check=positive, output=False)
+    price_per_hour: float | None = setting(
+        None, doc="for `plan`; null: compute.price_per_hour", check=not_negative, output=False
+    )
+    preemptions_per_hour: float | None = setting(
+        None, doc="for `plan`; null: compute.preemptions_per_hour", check=not_negative, output=False
+    )
 
 
 @dataclass(kw_only=True)
@@ -602,7 +609,19 @@ class ComputeConfig:
         output=False,
     )
     effective_tflops: float = setting(
-        0.01, doc="sustained TFLOP/s of one device, for the estimate of `plan`", check=positive, output=False
+        0.01,
+        doc="sustained TFLOP/s of one device, a GPU or an actor's CPUs, for the estimate of `plan` before units exist",
+        check=positive,
+        output=False,
+    )
+    price_per_hour: float | None = setting(
+        None, doc="of one device for an hour, in any currency, for `plan`", check=not_negative, output=False
+    )
+    preemptions_per_hour: float = setting(
+        0.0,
+        doc="how often an actor is lost with its node in an hour, without notice, for `plan`",
+        check=not_negative,
+        output=False,
     )
     lease_s: float = setting(
         30.0, doc="silence after which another driver's lock may be taken over, seconds", check=lease, output=False

@@ -9,6 +9,7 @@ from prism_ray.config import Config, LabelsConfig, Row, label_teachers, student_
 from prism_ray.data.prepared import PreparedDataset, find_prepared
 from prism_ray.data.records import class_ids_of
 from prism_ray.data.sources import open_source
+from prism_ray.device_time import Work, time_lines
 from prism_ray.errors import InputError, PrismError, within
 from prism_ray.generation import TRAIN
 from prism_ray.identity import run_id
@@ -45,16 +46,20 @@ def describe(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Operations of a run."""
+    """Operations of a run, those of inversion by unit."""
 
-    synthesis_flops: float
+    unit_flops: list[float]
     label_flops: float
+
+    @property
+    def synthesis_flops(self) -> float:
+        return sum(self.unit_flops)
 
 
 def plan_text(config: Config) -> str:
-    """Units, images, bytes, operations and device-hours of a run. Makes nothing and starts nothing."""
+    """Units, images, bytes, operations, time and cost of a run. Makes nothing and starts nothing."""
     dataset = find_prepared(config.dataset, open_store(config.storage).url_of("artifacts"))
-    names, units = _planned(config, dataset)
+    names, units = planned(config, dataset)
     num_images = sum(len(unit.images) for unit in units)
     sides = config.dataset.image_size
     pixel_bytes = num_images * config.dataset.channels * sides * sides
@@ -66,8 +71,9 @@ def plan_text(config: Config) -> str:
     students, searches = (len(tried) * len(student.labels) for tried in (student.seeds, student.lr_grid))
     search = f", and {searches} to try learning rates" if searches else ""
     steps = student_steps(student, num_images)
+    run = locate(Row("", config))
     lines = [
-        f"{describe(config)}: {'begun' if locate(Row('', config)).store.size('config.yaml') else 'not begun'}",
+        f"{describe(config)}: {'begun' if run.store.size('config.yaml') else 'not begun'}",
         f"  classes     {len(names)}",
         f"  units       {len(units)}, each one shard and one task",
         f"  images      {num_images} of {sides}x{sides}, at most {format_bytes(pixel_bytes)} of pixels",
@@ -80,19 +86,34 @@ def plan_text(config: Config) -> str:
         lines.append(
             f"  memory      at least {format_bytes(_step_memory(config, units, len(names)))} an actor, in a step"
         )
+    work, label_flops = count_work(config, dataset, names, units)
+    counted = [("synthesis", work.image_flops and sum(work.image_flops)), ("labels", label_flops if soft else 0.0)]
+    if config.method.engine is Engine.diffusion:
+        known = "a generator that is not here yet"
+        if work.image_flops is not None:
+            known = f"{sum(work.image_flops) / num_images:.3g} FLOP per image"
+        lines.append(f"  sampling    {config.method.sampling.steps} steps, {known}")
+    for name, flops in counted:
+        if flops is not None:
+            speed = config.compute.effective_tflops
+            hours = flops / speed / 1e12 / 3600
+            lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
+    return "\n".join([*lines, *time_lines(config, run, work)])
+
+
+def count_work(
+    config: Config, dataset: PreparedDataset | None, names: Sequence[str], units: list[Unit]
+) -> tuple[Work, float]:
+    """Operations of every unit, and of all labels, also of those that are computed while students train."""
     forward = _teacher_flops(config, dataset, len(names))
     estimate = estimate_operations(config, units, forward)
-    rate = config.compute.effective_tflops * 1e12
-    counted = [("synthesis", estimate.synthesis_flops), ("labels", estimate.label_flops if soft else 0.0)]
+    image_flops: list[float] | None = estimate.unit_flops
     if config.method.engine is Engine.diffusion:
         sampling = _sampling_flops(config, sum(forward[name] for name in energy_teachers(config)))
-        cost = "a generator that is not here yet" if sampling is None else f"{sampling:.3g} FLOP per image"
-        lines.append(f"  sampling    {config.method.sampling.steps} steps, {cost}")
-        counted[:1] = [] if sampling is None else [("synthesis", num_images * sampling)]
-    for name, flops in counted:
-        hours, speed = flops / rate / 3600, config.compute.effective_tflops
-        lines.append(f"  {name:10}  {flops:.3g} FLOP, {hours:.3g} device-hours at {speed:g} TFLOP/s")
-    return "\n".join(lines)
+        image_flops = None if sampling is None else [len(unit.images) * sampling for unit in units]
+    is_stored = LabelKind.soft in config.student.labels and not config.labels.online
+    label_flops = estimate.label_flops / sum(len(unit.images) for unit in units) if is_stored else 0.0
+    return Work(units, image_flops, [len(unit.images) * label_flops for unit in units]), estimate.label_flops
 
 
 def label_blob_bytes(labels: LabelsConfig, num_classes: int) -> int:
@@ -100,7 +121,7 @@ def label_blob_bytes(labels: LabelsConfig, num_classes: int) -> int:
     return LabelLayout(num_classes, labels.views, labels.top_k, labels.bits).blob_bytes
 
 
-def _planned(config: Config, dataset: PreparedDataset | None) -> tuple[list[str], list[Unit]]:
+def planned(config: Config, dataset: PreparedDataset | None) -> tuple[list[str], list[Unit]]:
     """Class names and units; before the data is prepared, as if every class had enough real images."""
     if dataset is not None:
         names, rows_by_class = dataset.class_names, [rows.tolist() for rows in dataset.rows_by_class("train")]
@@ -179,10 +200,11 @@ def estimate_operations(config: Config, units: list[Unit], forward: dict[str, fl
         students = len(config.student.seeds) + len(config.student.lr_grid)
         views = students * student_steps(config.student, num_images) * config.student.batch_size
     labels = views * sum(forward[name] for name in label_teachers(config))
-    synthesis = 0.0
-    for unit in units if config.method.engine is Engine.inversion else []:
+    synthesis = [0.0] * len(units)
+    for n, unit in enumerate(units if config.method.engine is Engine.inversion else []):
         for iterations, guiding in guided(config, unit):
-            synthesis += 2 * len(unit.images) * len(iterations) * sum(forward[n] for n in asked(config, guiding))
+            networks = sum(forward[name] for name in asked(config, guiding))
+            synthesis[n] += 2 * len(unit.images) * len(iterations) * networks
     return Estimate(synthesis, labels)
 
 
