@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev check  ## linters, types, import contracts and the 
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=25
 
 test-full: $(VENV)/.installed-dev check  ## all tests, those that take minutes too
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

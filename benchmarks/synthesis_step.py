@@ -5,8 +5,8 @@
 The same pool, batch, images, draws, precision (fp32) and thread for all three. `released` is written from the
 description of PRISM's and SRe2L's programs: the primary is there twice and runs twice, every network of the set runs to
 its logits, moments take two passes over a copy of the activations, and the best cost is looked at in every step. `bare`
-does the engine's own arithmetic with nothing around it. Before anything is timed, the loss terms of a first step must
-agree to 1e-5.
+does the engine's own arithmetic, on networks laid out as the engine's, with nothing around it. Before anything is
+timed, the loss terms of a first step must agree to 1e-5.
 
 Prints a JSON line per cell: for each set of statistics teachers the milliseconds of CPU time per step and the median
 ratios over interleaved rounds, and the ratios weighted by how often the method draws each set; the engine's operations
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +51,7 @@ BN_WEIGHT, FIRST = 0.01, 10.0
 TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cell:
     """A pool of teachers with a batch for them, as a recipe has it."""
 
@@ -65,6 +65,19 @@ class Cell:
     draws: Augmentations
     sets: Mapping[tuple[str, ...], float]  # statistics teachers, primary first -> how often they are drawn
 
+    @cached_property
+    def quick(self) -> dict[str, Classifier]:
+        """The teachers as the product's workers lay them out."""
+        return {
+            name: frozen(copy.deepcopy(net)).to(memory_format=torch.channels_last)
+            for name, net in self.teachers.items()
+        }
+
+    @cached_property
+    def networks(self) -> dict[str, Network]:
+        """The same with what is matched of them; a worker holds them for all of its units."""
+        return {name: Network(net, targets_of(net, None, conv=False)) for name, net in self.quick.items()}
+
     def limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shift, scale = (torch.tensor(list(values)).view(-1, 1, 1) for values in (self.mean, self.std))
         return shift, scale, (0 - shift) / scale, (1 - shift) / scale
@@ -75,12 +88,11 @@ Loop = Callable[[Cell, tuple[str, ...], int], tuple[float, float]]
 
 
 def engine(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
-    networks = {name: Network(net, targets_of(net, None, conv=False)) for name, net in cell.teachers.items()}
     guides = Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
     result = invert(
         cell.initial,
         cell.class_ids,
-        networks=networks,
+        networks=cell.networks,
         guides=lambda iteration: guides,
         objective=Objective(bn_weight=BN_WEIGHT, first_bn_multiplier=FIRST),
         descent=Descent(num_iterations=steps, lr=LR, adam_betas=BETAS),
@@ -159,7 +171,7 @@ def bare(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]
 
     handles = []
     for name in chosen:
-        layers = [m for m in cell.teachers[name].modules() if isinstance(m, nn.BatchNorm2d)]
+        layers = [m for m in cell.quick[name].modules() if isinstance(m, nn.BatchNorm2d)]
         handles += [m.register_forward_pre_hook(partial(observe, name, len(layers))) for m in layers]
     shift, scale, lowest, highest = cell.limits()
     x = ((cell.initial - shift) / scale).requires_grad_()
@@ -170,11 +182,11 @@ def bare(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]
         pixels = augmented(x, cell.draws, step) * scale + shift
         for own in distances.values():
             own.clear()
-        ce = F.cross_entropy(cell.teachers[cell.primary](pixels), cell.class_ids)
+        ce = F.cross_entropy(cell.quick[cell.primary](pixels), cell.class_ids)
         for name in chosen:
             if name != cell.primary:
                 with suppress(Complete):
-                    cell.teachers[name](pixels)
+                    cell.quick[name](pixels)
         bn = sum((torch.stack(own).sum() for own in distances.values()), torch.zeros(())) / len(chosen)
         (x.grad,) = torch.autograd.grad(ce + BN_WEIGHT * bn, [x])
         optimizer.step()
@@ -263,14 +275,16 @@ def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
     seconds = interleaved(loops, pairs=pairs)
     sets = []
     peak = peak_gflops()
-    totals = dict.fromkeys(LOOPS, 0.0)
+    totals = dict.fromkeys(LOOPS, 0.0)  # of a step: the engine's median, and the median ratios to it
     for chosen, share in cell.sets.items():
         own = {name: [total / steps for total in seconds[chosen, name]] for name in LOOPS}
         ratios = {
             other: [b / a for a, b in zip(own["engine"], own[other], strict=True)] for other in ("released", "bare")
         }
-        for name in LOOPS:
-            totals[name] += share * median(own[name])
+        step_s = share * median(own["engine"])
+        totals["engine"] += step_s
+        for name, values in ratios.items():
+            totals[name] += step_s * median(values)
         sets.append(
             {
                 "set": list(chosen),

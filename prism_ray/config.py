@@ -381,6 +381,9 @@ class MethodConfig:
     flip_probability: float = setting(0.5, doc="of a horizontal flip", check=fraction)
     roll_max: int = setting(32, doc="largest cyclic shift per axis, pixels", check=not_negative)
     antialias: bool = setting(False, doc="antialiased resizing of crops; the released results predate it")
+    precision: Precision = setting(
+        Precision.fp32, doc="arithmetic of the teachers' passes in inversion; moments and losses are always single"
+    )
 
     residual_parts: int = setting(
         1, doc="equal parts of the iterations, between which the initial images are mixed in again", check=at_least_one

@@ -186,7 +186,7 @@ class Optimizer(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of a student's forward pass: single precision, or bfloat16 where autocast allows it."""
+    """Arithmetic of a network's forward pass: single precision, or bfloat16 where autocast allows it."""
 
     fp32 = "fp32"
     bf16 = "bf16"

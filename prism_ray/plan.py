@@ -33,7 +33,7 @@ from prism_ray.options import (
 )
 from prism_ray.seeds import seed_for
 
-IMAGES_VERSION = 2
+IMAGES_VERSION = 3
 """Raised when the same settings make other bytes of images, if only in rounding, so that old ones are made again."""
 
 LABELS_VERSION = 2

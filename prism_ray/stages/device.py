@@ -25,6 +25,19 @@ def teacher_of(spec: RunSpec, name: str, device: torch.device) -> Classifier:
     return load_frozen(spec.teacher_dirs[name], str(device))
 
 
+def busy_teacher_of(spec: RunSpec, name: str, device: torch.device) -> Classifier:
+    """The same for those that run thousands of times, laid out as is quickest; equal up to rounding."""
+    return _load_busy(spec.teacher_dirs[name], str(device))
+
+
+@lru_cache(maxsize=32)
+def _load_busy(folder: str, device: str) -> Classifier:
+    if torch.device(device).type != "cpu":
+        return load_frozen(folder, device)
+    # With the channels of a pixel side by side the kernels of a CPU take 10 to 40 % less time, backwards too.
+    return frozen(load_classifier(local_folder(folder))).to(memory_format=torch.channels_last)
+
+
 @lru_cache(maxsize=32)
 def load_frozen(folder: str, device: str) -> Classifier:
     """A classifier from a local-dir folder, in eval mode, without gradients of its own."""

@@ -26,7 +26,7 @@ from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
 from prism_ray.models.classifier import Classifier
 from prism_ray.models.memory import kept_bytes, shortage, step_bytes, weight_bytes
-from prism_ray.options import Engine, Reduction
+from prism_ray.options import Engine, Precision, Reduction
 from prism_ray.plan import (
     Unit,
     asked,
@@ -40,12 +40,12 @@ from prism_ray.plan import (
 from prism_ray.schema import IMAGE_COLUMNS, image_schema
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import (
+    busy_teacher_of,
     deterministic,
     device_memory,
     fingerprint,
     peak_memory,
     pick_device,
-    teacher_of,
 )
 from prism_ray.stages.initial import Started, open_starts
 from prism_ray.stages.statistics import targets_for
@@ -78,7 +78,7 @@ class Synthesizer:
         self._unfinished: Unfinished | None = None
         self.device = pick_device(spec.config.compute.gpus_per_actor)
         self.dataset = spec.dataset()
-        self._teachers = {name: teacher_of(spec, name, self.device) for name in guiding_pool(spec.config)}
+        self._teachers = {name: busy_teacher_of(spec, name, self.device) for name in guiding_pool(spec.config)}
         matched = statistics_pool(spec.config)
         self._networks = {
             name: Network(teacher, targets_for(spec, name, teacher, self.device) if name in matched else ())
@@ -190,6 +190,7 @@ class Synthesizer:
                 l2_weight=method.l2_weight,
                 eig_weight=method.eig_weight,
                 eig_temperature=method.eig_temperature,
+                bfloat16=method.precision is Precision.bf16,
             ),
             descent=Descent(
                 num_iterations=unit.iterations,

@@ -539,3 +539,34 @@ def test_an_error_in_a_teacher_leaves_no_hooks(primary, auxiliary):
     with pytest.raises(RuntimeError):
         loss_of(torch.zeros(1, 2, 8, 8), torch.tensor([0]), primary, [primary, auxiliary])
     assert num_hooks(primary) == num_hooks(auxiliary) == 0
+
+
+def test_half_precision_passes_keep_the_loss_to_a_percent_and_single_precision_outside() -> None:
+    images, class_ids = images_and_classes(0)
+    networks = {"a": network_of(prepared(ResidualNet(), 1)), "b": network_of(prepared(ConvBnNet(), 2))}
+    guides = Guides({"a": 1.0}, {"a": 0.5, "b": 0.5})
+
+    def terms(**options) -> LossTerms:
+        return inversion_loss(images, class_ids, networks=networks, guides=guides, objective=Objective(**options))
+
+    single, half = terms(), terms(bfloat16=True)
+    assert all(term.dtype == torch.float32 for term in half)
+    assert half.bn != single.bn
+    torch.testing.assert_close(half.total, single.total, rtol=1e-2, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert terms() == single
+
+
+def test_half_precision_gives_gradients_in_single_precision_that_point_the_same_way() -> None:
+    images, class_ids = images_and_classes(0)
+    networks = {"a": network_of(prepared(ResidualNet(), 1))}
+    gradients = []
+    for bfloat16 in (False, True):
+        x = images.clone().requires_grad_()
+        objective = Objective(bfloat16=bfloat16)
+        loss = inversion_loss(
+            x, class_ids, networks=networks, guides=Guides({"a": 1.0}, {"a": 1.0}), objective=objective
+        )
+        gradients.append(torch.autograd.grad(loss.total, x)[0])
+    assert gradients[1].dtype == torch.float32
+    assert F.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.99

@@ -12,6 +12,7 @@ input counts.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class Objective:
     l2_weight: float = 0.0
     eig_weight: float = 0.0
     eig_temperature: float = 4.0
+    bfloat16: bool = False  # passes of networks where autocast allows it; moments and losses are in single precision
 
 
 class LossTerms(NamedTuple):
@@ -122,11 +124,12 @@ def inversion_loss(
                 images, name, asked[name], objective, state, skipped=skipped, needs_logits=module in gives_logits
             )
         elif module in gives_logits:
-            logits = module(images)
+            with _arithmetic(images, is_half=objective.bfloat16):
+                logits = module(images)
         else:
             continue
         if module in gives_logits:
-            ces[module] = F.cross_entropy(logits, class_ids)
+            ces[module] = F.cross_entropy(logits.to(images.dtype), class_ids)
     ce = _weighted_sum([(weight, ces[asked[name].module]) for name, weight in logit_weights.items()], images)
     bn = _weighted_sum(
         [(weight, terms[asked[name].module]) for name, weight in statistics_weights.items() if asked[name].targets],
@@ -158,16 +161,26 @@ def _observed_run(
         def averaged(kind: str, statistic: Tensor) -> Tensor:
             return state.averaged((name, index, kind), statistic, decay=objective.statistics_ema)
 
-        return layer_distance(x, target, class_share=objective.class_share, state=state, averaged=averaged)
+        with _arithmetic(images, is_half=False):
+            x = x.to(images.dtype)
+            return layer_distance(x, target, class_share=objective.class_share, state=state, averaged=averaged)
 
     logits, term = images.new_zeros(()), images.new_zeros(())
     all_skipped = len(skipped) == len(network.targets)
     with observed_distances(network, distance, skipped=skipped, stops_when_complete=not needs_logits) as distances:
         if needs_logits or not all_skipped:
-            logits = network.module(images)
+            with _arithmetic(images, is_half=objective.bfloat16):
+                logits = network.module(images)
     if not all_skipped:
         term = statistics_term(distances, first_bn_multiplier=objective.first_bn_multiplier)
     return logits, term
+
+
+def _arithmetic(images: Tensor, *, is_half: bool) -> AbstractContextManager[object]:
+    kind = images.device.type
+    if is_half == torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=is_half)
 
 
 def _weighted_sum(weighted: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
