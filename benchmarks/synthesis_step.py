@@ -1,6 +1,7 @@
 """CPU time of a synthesis step: the engine against a loop structured as the released programs are, and a bare loop.
 
     python benchmarks/synthesis_step.py [--cells fashion_mnist imagenet_lite] [--pairs 7] [--steps 6] [--batch-size B]
+        [--fast]
 
 The same pool, batch, images, draws, precision (fp32) and thread for all three. `released` is written from the
 description of PRISM's and SRe2L's programs: the primary is there twice and runs twice, every network of the set runs to
@@ -11,7 +12,8 @@ timed, the loss terms of a first step must agree to 1e-5.
 Prints a JSON line per cell: for each set of statistics teachers the milliseconds of CPU time per step and the median
 ratios over interleaved rounds, and the ratios weighted by how often the method draws each set; the engine's operations
 per second, as a share of the most that a convolution or a matrix product reaches here; and the operators where a step
-of the largest set spends its time. Ends with 1 if losses differ.
+of the largest set spends its time. With `--fast` also the engine over itself with `method.compile`, `method.precision`
+of bfloat16, and both; their losses differ by rounding and are not compared. Ends with 1 if losses differ.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -41,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from benchmarks.measuring import SIZES, circumstances, interleaved, normalization, print_cells, spread, stand_in  # noqa: E402
 from prism_ray.cli.compose import compose  # noqa: E402
 from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations  # noqa: E402
+from prism_ray.methods.inversion.compiled import compiled_pass  # noqa: E402
 from prism_ray.methods.inversion.engine import Descent, invert  # noqa: E402
 from prism_ray.methods.inversion.objective import Guides, Network, Objective  # noqa: E402
 from prism_ray.methods.inversion.statistics import moments, targets_of  # noqa: E402
@@ -78,6 +81,10 @@ class Cell:
         """The same with what is matched of them; a worker holds them for all of its units."""
         return {name: Network(net, targets_of(net, None, conv=False)) for name, net in self.quick.items()}
 
+    @cached_property
+    def compiled(self) -> dict[str, Network]:
+        return {name: replace(network, run=compiled_pass(network)) for name, network in self.networks.items()}
+
     def limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shift, scale = (torch.tensor(list(values)).view(-1, 1, 1) for values in (self.mean, self.std))
         return shift, scale, (0 - shift) / scale, (1 - shift) / scale
@@ -87,14 +94,16 @@ Loop = Callable[[Cell, tuple[str, ...], int], tuple[float, float]]
 """Runs so many steps with a set of statistics teachers; returns the last cross-entropy and statistics term."""
 
 
-def engine(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
+def engine(
+    cell: Cell, chosen: tuple[str, ...], steps: int, *, compiled: bool = False, bfloat16: bool = False
+) -> tuple[float, float]:
     guides = Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
     result = invert(
         cell.initial,
         cell.class_ids,
-        networks=cell.networks,
+        networks=cell.compiled if compiled else cell.networks,
         guides=lambda iteration: guides,
-        objective=Objective(bn_weight=BN_WEIGHT, first_bn_multiplier=FIRST),
+        objective=Objective(bn_weight=BN_WEIGHT, first_bn_multiplier=FIRST, bfloat16=bfloat16),
         descent=Descent(num_iterations=steps, lr=LR, adam_betas=BETAS),
         mean=cell.mean,
         std=cell.std,
@@ -198,6 +207,11 @@ def bare(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]
 
 
 LOOPS: dict[str, Loop] = {"engine": engine, "released": released, "bare": bare}
+FAST: dict[str, Loop] = {
+    "compiled": partial(engine, compiled=True),
+    "bfloat16": partial(engine, bfloat16=True),
+    "compiled bfloat16": partial(engine, compiled=True, bfloat16=True),
+}
 
 
 def running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -269,17 +283,20 @@ def agree(cell: Cell) -> float:
     return worst
 
 
-def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
-    """The three loops of every set, interleaved."""
-    loops = {(chosen, name): partial(loop, cell, chosen, steps) for chosen in cell.sets for name, loop in LOOPS.items()}
+def measure(cell: Cell, *, pairs: int, steps: int, fast: bool = False) -> dict[str, Any]:
+    """The three loops of every set, and the fast ones if wanted, interleaved."""
+    timed = LOOPS | (FAST if fast else {})
+    loops = {(chosen, name): partial(loop, cell, chosen, steps) for chosen in cell.sets for name, loop in timed.items()}
     seconds = interleaved(loops, pairs=pairs)
     sets = []
     peak = peak_gflops()
-    totals = dict.fromkeys(LOOPS, 0.0)  # of a step: the engine's median, and the median ratios to it
+    totals = dict.fromkeys(timed, 0.0)  # of a step: the engine's median, and the median ratios to it
     for chosen, share in cell.sets.items():
-        own = {name: [total / steps for total in seconds[chosen, name]] for name in LOOPS}
+        own = {name: [total / steps for total in seconds[chosen, name]] for name in timed}
         ratios = {
-            other: [b / a for a, b in zip(own["engine"], own[other], strict=True)] for other in ("released", "bare")
+            other: [b / a for a, b in zip(own["engine"], own[other], strict=True)]
+            for other in timed
+            if other != "engine"
         }
         step_s = share * median(own["engine"])
         totals["engine"] += step_s
@@ -292,6 +309,7 @@ def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
                 "ms": {name: round(1e3 * median(values), 2) for name, values in own.items()},
                 "released_over_engine": spread(ratios["released"]),
                 "engine_over_bare": spread([1 / ratio for ratio in ratios["bare"]]),
+                **{f"engine_over_{name}": spread([1 / ratio for ratio in ratios[name]]) for name in FAST if fast},
                 "gflops": round(operations(cell, chosen) / median(own["engine"]) / 1e9, 1),
             }
         )
@@ -301,6 +319,7 @@ def measure(cell: Cell, *, pairs: int, steps: int) -> dict[str, Any]:
         "pixels": cell.initial.shape[-1],
         "released_over_engine": round(totals["released"] / totals["engine"], 3),
         "engine_over_bare": round(totals["engine"] / totals["bare"], 3),
+        **{f"engine_over_{name}": round(totals["engine"] / totals[name], 3) for name in FAST if fast},
         "peak_gflops": round(peak, 1),
         "share_of_peak": spread([found["gflops"] / peak for found in sets]),
         "operators_percent": operators(cell, list(cell.sets)[-1], steps=steps),
@@ -348,12 +367,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="of each loop and round")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--fast", action="store_true", help="also compiled and in half precision")
     options = parser.parse_args()
 
     def measured(name: str) -> dict[str, Any]:
         cell = load(name, options.batch_size)
         difference = agree(cell)  # before anything is timed
-        result = measure(cell, pairs=options.pairs, steps=options.steps)
+        result = measure(cell, pairs=options.pairs, steps=options.steps, fast=options.fast)
         return {**result, "loss_difference": difference, "steps": options.steps, **circumstances(options.pairs)}
 
     print_cells(options.cells, measured, difference="loss_difference", tolerance=TOLERANCE)

@@ -384,6 +384,9 @@ class MethodConfig:
     precision: Precision = setting(
         Precision.fp32, doc="arithmetic of the teachers' passes in inversion; moments and losses are always single"
     )
+    compile: bool = setting(
+        False, doc="torch.compile the teachers' passes in inversion: minutes at an actor's start, less time per step"
+    )
 
     residual_parts: int = setting(
         1, doc="equal parts of the iterations, between which the initial images are mixed in again", check=at_least_one

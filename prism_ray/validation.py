@@ -123,6 +123,13 @@ def _check_roles(config: Config) -> None:
     teachers, method = config.teachers, config.method
     if method.engine is not Engine.inversion:
         return
+    for more, given in {
+        "method.conv_statistics=true": method.conv_statistics,
+        f"method.class_share={method.class_share:g}": method.class_share > 0,
+        f"method.statistics_ema={method.statistics_ema:g}": method.statistics_ema > 0,
+    }.items():
+        if method.compile and given:
+            raise InputError(f"method.compile=true: compiled passes hold no {more}; leave one out")
     if not method.bn_weight and not method.ce_weight:
         raise InputError("method.bn_weight=0, method.ce_weight=0: leave nothing to optimize for; set one above 0")
     role, auxiliaries = method.statistics_role, len(teachers.pool) - 1

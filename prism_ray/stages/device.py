@@ -72,6 +72,11 @@ def pick_device(gpus: float) -> torch.device:
     return torch.device("cuda" if gpus > 0 else "cpu")
 
 
+def compile_here() -> None:
+    """Have torch.compile work in this process, and not in others that a killed worker would leave behind."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 @contextmanager
 def deterministic(threads: int) -> Iterator[None]:
     """Fixed thread count and deterministic kernels inside; part of what makes the bytes repeat.

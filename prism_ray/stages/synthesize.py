@@ -21,6 +21,7 @@ from prism_ray.ledger import Receipt
 from prism_ray.methods.attributes import apply_attributes, draw_values
 from prism_ray.methods.inversion.augment import crop_areas, draw_augmentations
 from prism_ray.methods.inversion.budgets import entry_iterations
+from prism_ray.methods.inversion.compiled import compiled_pass
 from prism_ray.methods.inversion.engine import Descent, NotFinite, invert, to_uint8
 from prism_ray.methods.inversion.objective import Guides, Network, Objective
 from prism_ray.methods.inversion.subsets import accuracy_weights, reduction_weights
@@ -41,6 +42,7 @@ from prism_ray.schema import IMAGE_COLUMNS, image_schema
 from prism_ray.seeds import seed_for
 from prism_ray.stages.device import (
     busy_teacher_of,
+    compile_here,
     deterministic,
     device_memory,
     fingerprint,
@@ -84,6 +86,12 @@ class Synthesizer:
             name: Network(teacher, targets_for(spec, name, teacher, self.device) if name in matched else ())
             for name, teacher in self._teachers.items()
         }
+        if self.config.method.compile:
+            compile_here()
+            self._networks = {
+                name: replace(network, run=compiled_pass(network)) if network.targets else network
+                for name, network in self._networks.items()
+            }
         self._facts = {name: artifact_facts(spec.teacher_dirs[name]) for name in self._teachers}
         self._sampling = _Sampling(spec, self._teachers, self.device) if needs_generator(spec.config) else None
         self._start_of = None if self._sampling else open_starts(spec)

@@ -1,7 +1,6 @@
 """The one training loop: teachers, students and generators differ in the batch of a step and its loss."""
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -26,6 +25,7 @@ from prism_ray.models.checkpoint import load_checkpoint, read_extra, save_checkp
 from prism_ray.models.classifier import Classifier
 from prism_ray.seeds import seed_for
 from prism_ray.stages.data_parallel import ALONE, Group
+from prism_ray.stages.device import compile_here
 
 WARM_UP = 0.2
 """Share of the steps over which the learning rate rises; assumed, as usual for one-cycle schedules."""
@@ -241,8 +241,7 @@ def _forward(network: nn.Module, course: Course, group: Group, device: torch.dev
     """The forward pass of a training; what is saved stays the plain module."""
     wrapped: Any = group.wrapped(network)
     if course.compiled:
-        # Compiled here, and not by processes that a killed worker would leave behind.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        compile_here()
         wrapped = torch.compile(wrapped)
 
     def forward(*inputs: Tensor) -> Tensor:

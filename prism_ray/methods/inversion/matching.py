@@ -37,6 +37,8 @@ class Network:
 
     module: nn.Module
     targets: tuple[LayerTarget, ...] = ()
+    run: Callable[[Tensor, bool], tuple[Tensor | None, list[Tensor]]] | None = None
+    """Its pass with the distances of all targets, see `compiled`; None: the module runs, and is observed."""
 
     @cached_property
     def layers(self) -> list[nn.Module]:

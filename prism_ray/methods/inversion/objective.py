@@ -97,7 +97,8 @@ def inversion_loss(
         seed: at least 0.
 
     Raises:
-        ValueError: a guide is unknown, or statistics are wanted where no network has anything to match.
+        ValueError: a guide is unknown, statistics are wanted where no network has anything to match, or more is matched
+            than a compiled pass holds.
     """
     state = state or BatchState(class_ids)
     logit_weights, statistics_weights = (
@@ -166,6 +167,13 @@ def _observed_run(
             return layer_distance(x, target, class_share=objective.class_share, state=state, averaged=averaged)
 
     logits, term = images.new_zeros(()), images.new_zeros(())
+    if network.run is not None:
+        if skipped or objective.class_share or objective.statistics_ema:
+            raise ValueError("compiled passes hold plain moments; leave out compiling, or what else is matched")
+        with _arithmetic(images, is_half=objective.bfloat16):
+            answer, found = network.run(images, needs_logits)
+        term = statistics_term(dict(enumerate(found)), first_bn_multiplier=objective.first_bn_multiplier)
+        return logits if answer is None else answer, term
     all_skipped = len(skipped) == len(network.targets)
     with observed_distances(network, distance, skipped=skipped, stops_when_complete=not needs_logits) as distances:
         if needs_logits or not all_skipped:
