@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from benchmarks.measuring import SIZES, circumstances, interleaved, normalization, print_cells, spread, stand_in  # noqa: E402
 from prism_ray.cli.compose import compose  # noqa: E402
 from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations  # noqa: E402
-from prism_ray.methods.inversion.engine import Descent, invert  # noqa: E402
+from prism_ray.methods.inversion.engine import Descent, Inversion, invert  # noqa: E402
 from prism_ray.methods.inversion.objective import Guides, Network, Objective  # noqa: E402
 from prism_ray.methods.inversion.statistics import moments, targets_of  # noqa: E402
 from prism_ray.models.classifier import Classifier, frozen  # noqa: E402
@@ -74,14 +74,22 @@ Loop = Callable[[Cell, tuple[str, ...], int], tuple[float, float]]
 """Runs so many steps with a set of statistics teachers; returns the last cross-entropy and statistics term."""
 
 
-def engine(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
-    networks = {name: Network(net, targets_of(net, None, conv=False)) for name, net in cell.teachers.items()}
-    guides = Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
-    result = invert(
+def networks_of(cell: Cell) -> dict[str, Network]:
+    return {name: Network(net, targets_of(net, None, conv=False)) for name, net in cell.teachers.items()}
+
+
+def guides_of(cell: Cell, chosen: tuple[str, ...]) -> Guides:
+    """The primary's logits and the statistics of the chosen, all alike."""
+    return Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
+
+
+def descend(cell: Cell, networks: Mapping[str, Network], guides: Callable[[int], Guides], steps: int) -> Inversion:
+    """Steps of the engine on a cell's batch."""
+    return invert(
         cell.initial,
         cell.class_ids,
         networks=networks,
-        guides=lambda iteration: guides,
+        guides=guides,
         objective=Objective(bn_weight=BN_WEIGHT, first_bn_multiplier=FIRST),
         descent=Descent(num_iterations=steps, lr=LR, adam_betas=BETAS),
         mean=cell.mean,
@@ -90,6 +98,11 @@ def engine(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, floa
         antialias=False,
         seed=0,
     )
+
+
+def engine(cell: Cell, chosen: tuple[str, ...], steps: int) -> tuple[float, float]:
+    guides = guides_of(cell, chosen)
+    result = descend(cell, networks_of(cell), lambda iteration: guides, steps)
     return result.loss_ce, result.loss_bn
 
 
@@ -220,7 +233,7 @@ def load(name: str, batch_size: int | None) -> Cell:
         key: frozen(stand_in(config.teachers.models[key], name, seed=number, generator=generator, batches=20))
         for number, key in enumerate(config.teachers.pool)
     }
-    count = batch_size or {"fashion_mnist": 50, "imagenet_lite": 8}[name]
+    count = batch_size or {"digits": 10, "fashion_mnist": 50, "imagenet_lite": 8}[name]
     draws = draw_augmentations(0, 1000, size=side, crop_area_min=0.08, flip_probability=0.5, roll_max=side // 7)
     primary = str(config.teachers.primary)
     return Cell(
