@@ -44,7 +44,7 @@ from benchmarks.measuring import SIZES, circumstances, interleaved, normalizatio
 from prism_ray.cli.compose import compose  # noqa: E402
 from prism_ray.methods.inversion.augment import Augmentations, draw_augmentations  # noqa: E402
 from prism_ray.methods.inversion.compiled import compiled_pass  # noqa: E402
-from prism_ray.methods.inversion.engine import Descent, invert  # noqa: E402
+from prism_ray.methods.inversion.engine import Descent, Inversion, invert  # noqa: E402
 from prism_ray.methods.inversion.objective import Guides, Network, Objective  # noqa: E402
 from prism_ray.methods.inversion.statistics import moments, targets_of  # noqa: E402
 from prism_ray.models.classifier import Classifier, frozen  # noqa: E402
@@ -94,15 +94,20 @@ Loop = Callable[[Cell, tuple[str, ...], int], tuple[float, float]]
 """Runs so many steps with a set of statistics teachers; returns the last cross-entropy and statistics term."""
 
 
-def engine(
-    cell: Cell, chosen: tuple[str, ...], steps: int, *, compiled: bool = False, bfloat16: bool = False
-) -> tuple[float, float]:
-    guides = Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
-    result = invert(
+def guides_of(cell: Cell, chosen: tuple[str, ...]) -> Guides:
+    """The primary's logits and the statistics of the chosen, all alike."""
+    return Guides({cell.primary: 1.0}, dict.fromkeys(chosen, 1 / len(chosen)))
+
+
+def descend(
+    cell: Cell, networks: Mapping[str, Network], guides: Callable[[int], Guides], steps: int, *, bfloat16: bool = False
+) -> Inversion:
+    """Steps of the engine on a cell's batch."""
+    return invert(
         cell.initial,
         cell.class_ids,
-        networks=cell.compiled if compiled else cell.networks,
-        guides=lambda iteration: guides,
+        networks=networks,
+        guides=guides,
         objective=Objective(bn_weight=BN_WEIGHT, first_bn_multiplier=FIRST, bfloat16=bfloat16),
         descent=Descent(num_iterations=steps, lr=LR, adam_betas=BETAS),
         mean=cell.mean,
@@ -111,6 +116,13 @@ def engine(
         antialias=False,
         seed=0,
     )
+
+
+def engine(
+    cell: Cell, chosen: tuple[str, ...], steps: int, *, compiled: bool = False, bfloat16: bool = False
+) -> tuple[float, float]:
+    guides, networks = guides_of(cell, chosen), cell.compiled if compiled else cell.networks
+    result = descend(cell, networks, lambda iteration: guides, steps, bfloat16=bfloat16)
     return result.loss_ce, result.loss_bn
 
 
@@ -246,7 +258,7 @@ def load(name: str, batch_size: int | None) -> Cell:
         key: frozen(stand_in(config.teachers.models[key], name, seed=number, generator=generator, batches=20))
         for number, key in enumerate(config.teachers.pool)
     }
-    count = batch_size or {"fashion_mnist": 50, "imagenet_lite": 8}[name]
+    count = batch_size or {"digits": 10, "fashion_mnist": 50, "imagenet_lite": 8}[name]
     draws = draw_augmentations(0, 1000, size=side, crop_area_min=0.08, flip_probability=0.5, roll_max=side // 7)
     primary = str(config.teachers.primary)
     return Cell(

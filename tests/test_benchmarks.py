@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import control_plane, feed, relabel, scaling
+from benchmarks import batching, control_plane, feed, guided_sampling, pipeline, relabel, scaling, synthesis_step
 from prism_ray.cli import compose
 from prism_ray.device_time import duration
 from prism_ray.inspection import plan_text
@@ -57,6 +57,43 @@ def test_the_table_on_paper_has_every_run_on_every_number_of_devices() -> None:
         assert found == [str(devices) for devices in scaling.DEVICES] * len(scaling.TFLOPS)
 
 
+def test_a_synthesis_step_has_the_losses_of_the_released_structure_and_of_a_bare_loop() -> None:
+    cell = synthesis_step.load("digits", 4)
+    assert synthesis_step.agree(cell) <= synthesis_step.TOLERANCE
+    result = synthesis_step.measure(cell, pairs=1, steps=1)
+    assert (result["cell"], result["images"], result["pixels"]) == ("digits", 4, 16)
+    assert sum(own["share"] for own in result["sets"]) == pytest.approx(1)
+    for own in result["sets"]:
+        assert own["ms"].keys() == {"engine", "released", "bare"}
+        assert own["gflops"] > 0
+        for ratio in ("released_over_engine", "engine_over_bare"):
+            assert_spread(own[ratio])
+
+
+def test_batches_of_every_size_compute_the_same_and_a_loop_over_classes_is_put_beside_them() -> None:
+    result = batching.measure("digits", pairs=1, sizes=[1, 10])
+    assert result["ce_difference"] <= batching.TOLERANCE
+    assert result.keys() >= CIRCUMSTANCES - {"unit"}
+    for size in (1, 10):
+        assert_spread(result["ms_per_image_iteration"][size])
+    assert result["class_wise_over_cross_class"].keys() == {10}
+    assert_spread(result["class_wise_over_cross_class"][10][1])
+
+
+def test_presets_of_guided_sampling_cost_the_operations_that_plan_counts(storage: Path) -> None:
+    found = guided_sampling.measure("digits_dfkd_smoke", storage, rows=["freedom"], pairs=1, images=8)
+    assert found.keys() == {"unguided", "eda", "eda_faithful", "freedom"}
+    for result in found.values():
+        assert result["flop_difference"] <= guided_sampling.TOLERANCE
+        assert result.keys() >= CIRCUMSTANCES - {"unit", "cell"}
+        for figure in ("ms_per_image", "over_unguided", "over_eda_faithful"):
+            assert_spread(result[figure])
+    assert found["unguided"]["over_unguided"] == [1, 1, 1]
+    assert found["unguided"]["guided_steps"] == found["freedom"]["calibration_gflop_per_image"] == 0
+    assert found["eda"]["calibration_gflop_per_image"] > 0
+    assert found["freedom"]["gflop_per_image"] > found["eda_faithful"]["gflop_per_image"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_units_that_only_sleep_come_back_once_each_from_actors_without_torch() -> None:
@@ -79,3 +116,18 @@ def test_units_of_actors_that_end_themselves_come_back_once_each_and_the_model_i
     assert result["recovery_s"] > 0
     assert result["model"]["makespan_s"] > 24 * 0.5 / 2
     assert result["scale"] == 120
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_on_ray_is_put_beside_a_loop_over_the_same_units(tmp_path: Path) -> None:
+    lab = pipeline.Lab(tmp_path)
+    result = pipeline.one_actor(lab, unit_s=0.1, units=10, pairs=1)
+    for side in ("ray", "bare"):
+        assert_spread(result["unit_s"][side])
+    assert_spread(result["ratio"])
+    assert 0 < result["making"][0] < 1
+    assert result["start_s"][0] > 0
+    assert 0 < pipeline.publish(lab, pairs=1)["ms"][0] < 5000
+    again = pipeline.finished(lab, units=20, pairs=1)
+    assert again["s"].keys() == {"20"}
