@@ -107,17 +107,22 @@ class NoModules:
     def __exit__(self, *error: object) -> None: ...
 
 
+def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_gradient(gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, q, k, v)
+
+
 def counter() -> FlopCounterMode:
+    """Of operations on a CPU, whose fused attention torch's own formulas leave out."""
     aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-            q, k, v
-        ),  # torch knows those of GPUs
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-            *shapes[:4]
-        ),
+    more = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_gradient,
     }
-    found: Any = FlopCounterMode(display=False, custom_mapping=attention)
+    found: Any = FlopCounterMode(display=False, custom_mapping=more)
     found.mod_tracker = NoModules()
     return found
 
