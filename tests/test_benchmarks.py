@@ -80,6 +80,8 @@ def test_batches_of_every_size_compute_the_same_and_a_loop_over_classes_is_put_b
     assert_spread(result["class_wise_over_cross_class"][10][1])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_presets_of_guided_sampling_cost_the_operations_that_plan_counts(storage: Path) -> None:
     found = guided_sampling.measure("digits_dfkd_smoke", storage, rows=["freedom"], pairs=1, images=8)
     assert found.keys() == {"unguided", "eda", "eda_faithful", "freedom"}

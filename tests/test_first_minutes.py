@@ -71,14 +71,14 @@ def test_every_setting_has_a_meaning_and_is_listed_with_type_default_and_check(p
     [
         ("method.statistics_r", "method.statistics_role", "method.statistics_reduction"),
         ("teachers.models.mine.arch", "teachers.models.NAME.arch", "teachers.models.NAME.arch"),
-        ("compute.pools.big", "compute.pools.NAME.actors", "compute.pools.NAME.resources"),
+        ("compute.pools.big", "compute.pools.NAME.actors", "compute.pools.NAME.preemptions_per_hour"),
         ("student.lr", "student.lr", "student.lr_grid"),
     ],
 )
 def test_a_prefix_lists_the_settings_that_begin_so(prism: Command, prefix: str, first: str, last: str) -> None:
     keys = [line for line in prism.bare("config", prefix).out.splitlines()[2:] if line and not line.startswith(" ")]
     assert (keys[0], keys[-1]) == (first, last)
-    assert len(keys) < 8
+    assert len(keys) <= 8
 
 
 def test_a_choice_is_explained_and_a_default_shown(prism: Command) -> None:
