@@ -66,14 +66,13 @@ class Lab:
     """Storages with trained teachers, and commands on them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, 0
+        self.folder = folder
         self.source = folder / "source"
         if not self.source.exists():
             product(self.source, [*ALIKE, "stages=[prepare,teach]", "compute=inline"])
 
     def fresh(self) -> Path:
-        self._count += 1
-        storage = self.folder / f"storage-{self._count:04d}"
+        storage = Path(tempfile.mkdtemp(prefix="storage-", dir=self.folder))
         shutil.copytree(self.source / "artifacts", storage / "artifacts", copy_function=os.link)
         return storage
 
