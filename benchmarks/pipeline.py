@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +170,7 @@ def on_ray(lab: Lab, *, actors: int, units: int, iterations: int) -> dict[str, f
     files = list(storage.glob("runs/*/receipts/synthesize/*.json"))
     assert len(files) == units
     stamps = [file.stat().st_mtime for file in files]
-    made = median(json.loads(file.read_text())["seconds"] for file in files)
+    made = fmean(json.loads(file.read_text())["seconds"] for file in files)
     unit_s = between(stamps, actors)
     shutil.rmtree(storage)
     return {

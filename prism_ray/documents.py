@@ -34,7 +34,7 @@ def parse_json(data: bytes | str) -> Any:
     Raises:
         ValueError: it is none, is nested too deeply, or holds half a surrogate pair.
     """
-    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    text = data.decode().removeprefix("\ufeff") if isinstance(data, bytes) else data
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -91,6 +91,8 @@ def _check_of(kind: Any) -> Callable[[Any], bool]:
         return lambda value: type(value) is list and all(map(part, value))
     if origin is dict:
         of_key, of_value = (_check_of(each) for each in arguments)
+        if arguments == (str, Any):
+            return lambda value: type(value) is dict and {*map(type, value)} <= {str}
         return lambda value: type(value) is dict and all(map(of_key, value)) and all(map(of_value, value.values()))
     if kind is float:
         return lambda value: type(value) in (int, float)

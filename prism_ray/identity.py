@@ -81,10 +81,12 @@ def config_hash(config: Config) -> str:
     return content_hash(output_settings(config))
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def content_hash(content: Any) -> str:
     """16 hex digits over JSON-ready content in canonical form."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(_CANONICAL.encode(content).encode(), digest_size=8).hexdigest()
 
 
 def run_id(config: Config) -> str:

@@ -108,17 +108,22 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._parsed: dict[str, tuple[bytes, Receipt]] = {}
+        self._receipts: dict[str, tuple[Mapping[str, bytes], Mapping[str, Receipt]]] = {}
 
     # Receipts
 
-    def receipts(self, stage: str) -> dict[str, Receipt]:
-        """Receipts of a stage by unit name."""
+    def receipts(self, stage: str) -> Mapping[str, Receipt]:
+        """Receipts of a stage by unit name; the same object where the store's answer is."""
+        files = self.store.read_all(f"receipts/{stage}")  # what has not changed is the same object
+        if stage in self._receipts and self._receipts[stage][0] is files:
+            return self._receipts[stage][1]
         found = {}
-        for key, data in self.store.read_all(f"receipts/{stage}").items():
+        for key, data in files.items():
             known = self._parsed.get(key)
-            if known is None or known[0] is not data:  # stores give what has not changed as the same object
+            if known is None or known[0] is not data:
                 known = self._parsed[key] = (data, parsed_json(data, partial(self.store.url_of, key), Receipt))
             found[known[1].name] = known[1]
+        self._receipts[stage] = (files, found)
         return found
 
     def receipt(self, stage: str, name: str) -> Receipt | None:

@@ -36,7 +36,7 @@ from prism_ray.seeds import seed_for
 IMAGES_VERSION = 3
 """Raised when the same settings make other bytes of images, if only in rounding, so that old ones are made again."""
 
-LABELS_VERSION = 2
+LABELS_VERSION = 3
 """Likewise of labels."""
 
 REAL_IMAGES_PER_UNIT = 500
@@ -102,7 +102,7 @@ def plan_units(
     batches = _batches(config, [len(rows_by_class[class_id]) for class_id in chosen])
     sources = _selected_rows(config, rows_by_class, chosen) if takes_rows(config) else None
     made_from = images_hash(config)
-    labelled_by = [plain(config.labels), label_teachers(config), LABELS_VERSION]
+    labelled_by = content_hash([plain(config.labels), label_teachers(config), LABELS_VERSION])
     units: list[Unit] = []
     first_step = 0
     for index, batch in enumerate(batches):

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,6 +90,8 @@ class Run:
     shifted_dirs: dict[str, str] = field(default_factory=dict)
     set_aside: list[str] = field(default_factory=list)
     """Damaged objects that this command put aside."""
+    _done: dict[str, tuple[list[Mapping[str, Any]], Sequence[Unit]]] = field(default_factory=dict)
+    """By stage, which units were done by what receipts and sizes."""
 
     @property
     def name(self) -> str:
@@ -126,10 +128,13 @@ class Run:
 
     # What is done
 
-    def done_units(self, stage: str) -> list[Unit]:
+    def done_units(self, stage: str) -> Sequence[Unit]:
         """Units of a stage that are published, whole, and made from today's inputs."""
         receipts, images = self.ledger.receipts(stage), self.ledger.receipts(SYNTHESIZE)
         sizes, done = self.store.sizes(FOLDERS[stage]), []
+        seen = [receipts, images, sizes]
+        if stage in self._done and all(a is b for a, b in zip(self._done[stage][0], seen, strict=True)):
+            return self._done[stage][1]
         for unit in self.units:
             if stage == RELABEL and unit.name not in images:
                 continue
@@ -137,6 +142,7 @@ class Run:
             found = receipts.get(unit.name)
             if found is not None and _same_unit(found, wanted) and self.ledger.is_done(found, wanted.inputs, sizes):
                 done.append(unit)
+        self._done[stage] = (seen, done)
         return done
 
     def open_units(self, stage: str) -> list[Unit]:

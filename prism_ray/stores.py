@@ -126,7 +126,7 @@ class ObjectStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def read_all(self, prefix: str) -> dict[str, bytes]:
+    def read_all(self, prefix: str) -> Mapping[str, bytes]:
         """Every object below a folder, by key in order. What has not changed since the last call isn't read again."""
         found = {key: _tag(info) for key, info in self._infos(prefix).items()}
         seen = {key: self._seen.get(key, (None, b"")) for key in found}
@@ -152,7 +152,7 @@ class ObjectStore:
         info = self._listed(key)
         return None if info is None else int(info["size"])
 
-    def sizes(self, prefix: str) -> dict[str, int]:
+    def sizes(self, prefix: str) -> Mapping[str, int]:
         """Bytes of every object below a folder by its key, sorted; one request for each thousand."""
         return {key: int(info["size"]) for key, info in self._infos(prefix).items()}
 

@@ -260,11 +260,11 @@ def test_what_is_read_together_is_read_again_when_it_changed_and_only_then(tmp_p
     os.utime(tmp_path / "receipts", (1, 1))  # a folder that has not changed for long
     first = store.read_all("receipts")
     assert first == {"receipts/0.json": b"0", "receipts/1.json": b"1", "receipts/2.json": b"2"}
-    assert all(store.read_all("receipts")[key] is first[key] for key in first)
+    assert store.read_all("receipts") is first
 
     store.put("receipts/1.json", b"x")
     again = store.read_all("receipts")
-    assert again == first | {"receipts/1.json": b"x"}
+    assert again == dict(first) | {"receipts/1.json": b"x"}
     assert again["receipts/0.json"] is first["receipts/0.json"]
     store.remove("receipts/2.json")
     assert set(store.read_all("receipts")) == set(store.sizes("receipts")) == {"receipts/0.json", "receipts/1.json"}

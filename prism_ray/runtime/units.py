@@ -29,9 +29,10 @@ NODE_CACHE_S = 5.0
 ANSWER_S = 5.0
 """Time for the last answer of an actor that leaves with its node; one that is lost is asked for again elsewhere."""
 
-MANY = 50
-"""Units per actor from which one waits at each actor while it makes another: the time between two calls, which the
-driver needs, is then hidden, and the one unit more that an actor may have at the end weighs little."""
+MANY, MOST_WAITING = 50, 3
+"""For every so many units per actor one waits at each actor while it makes another, up to the most: Ray Data looks at
+its tasks every 100 ms, and needs two or three looks to replace one. Units are then ready when an actor is, and that it
+may have some more than others at the end weighs little."""
 
 RESTART_S = 120.0
 """A process that ended starts again within this time, Ray and models included."""
@@ -43,7 +44,7 @@ def run_units(
     """Make units on actors that hold the models, yielding how each ended, in the order they end.
 
     Ray Data neither decides what a unit is (a block holds one row, a call gets one block) nor writes anything: the
-    actor publishes its own shard, and errors come back as rows. An actor is given a unit when it has none, or one more
+    actor publishes its own shard, and errors come back as rows. An actor is given a unit when it has none, or before
     where there are many, see `MANY`; a lost node costs no more than the units that were being made there.
     """
     pools = pools_of(compute)
@@ -57,7 +58,7 @@ def run_units(
     no_progress_s = tries * (compute.unit_timeout_s + RESTART_S)
     context.execution_no_progress_timeout_s = no_progress_s
     actors = sum(counts.values())
-    in_flight = 2 if len(chains) >= MANY * actors else 1
+    waiting = min(MOST_WAITING, len(chains) // (MANY * actors))
     rows = [{"chain": json.dumps([asdict(ref) for ref in chain])} for chain in chains]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
@@ -66,7 +67,12 @@ def run_units(
             _Actor,
             batch_size=1,
             # Actors that the cluster has no room for yet wait, which is what an autoscaler goes by.
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=in_flight),
+            # Ray Data runs `_Actor.__call__` in one thread of its own: of two calls one waits for it, ready to begin.
+            compute=ray.data.ActorPoolStrategy(
+                size=actors,
+                max_tasks_in_flight_per_actor=1 + waiting,
+                max_concurrent_calls_per_actor=min(2, 1 + waiting),
+            ),
             fn_constructor_kwargs={"specs": list(specs), "pools": pools},
             **_options(pools[0].need),
             ray_remote_args_fn=_in_turn(pools, counts) if len(pools) > 1 else None,
@@ -105,6 +111,7 @@ class _Actor:
 
     def __init__(self, specs: list[RunSpec], pools: list[Pool]) -> None:
         self._nodes: tuple[float, set[str]] = (0.0, set())
+        self._is_leaving = False
         here = ray.get_runtime_context()
         self._node = here.get_node_id()
         drain.watch(Notice(self._node))
@@ -123,8 +130,11 @@ class _Actor:
         chain = [UnitRef(**ref) for ref in json.loads(str(row))]
         outcomes = self._worker.process(chain)
         if outcomes[-1][1].exit_code == ExitCode.drained:
+            if self._is_leaving:  # the answer of the call before may not be out yet
+                time.sleep(ANSWER_S)
             os._exit(1)  # Ray starts this actor again on a node that stays, and hands it the same chain
         if drain.should_stop():
+            self._is_leaving = True
             threading.Timer(ANSWER_S, os._exit, [1]).start()
         return {"outcomes": [json.dumps([(asdict(ref), asdict(outcome)) for ref, outcome in outcomes])]}
 

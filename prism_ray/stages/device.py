@@ -17,6 +17,7 @@ from prism_ray.artifacts import local_folder
 from prism_ray.data.prepared import PreparedDataset
 from prism_ray.errors import InputError
 from prism_ray.models.classifier import Classifier, build_classifier, frozen, load_classifier
+from prism_ray.models.folding import folded
 from prism_ray.work import RunSpec
 
 
@@ -36,6 +37,16 @@ def _load_busy(folder: str, device: str) -> Classifier:
         return load_frozen(folder, device)
     # With the channels of a pixel side by side the kernels of a CPU take 10 to 40 % less time, backwards too.
     return frozen(load_classifier(local_folder(folder))).to(memory_format=torch.channels_last)
+
+
+def folded_teacher_of(spec: RunSpec, name: str, device: torch.device) -> Classifier:
+    """The same for those of which only the logits in eval mode count: batch norm is part of the convolutions."""
+    return _load_folded(spec.teacher_dirs[name], str(device))
+
+
+@lru_cache(maxsize=32)
+def _load_folded(folder: str, device: str) -> Classifier:
+    return frozen(folded(_load_busy(folder, device)))
 
 
 @lru_cache(maxsize=32)

@@ -1,5 +1,6 @@
 """Labels as students get them: computed by the label teachers, or read back from label shards."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -16,7 +17,7 @@ from prism_ray.methods.soft_labels import Codec, combine
 from prism_ray.options import LabelRule
 from prism_ray.plan import Unit
 from prism_ray.schema import label_schema, text_metadata
-from prism_ray.stages.device import busy_teacher_of
+from prism_ray.stages.device import busy_teacher_of, folded_teacher_of
 from prism_ray.stages.views import views_hash
 from prism_ray.work import RunSpec
 
@@ -29,13 +30,17 @@ class LabelTeachers:
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self._labels, self._device = spec.config.labels, device
-        self._teachers = [busy_teacher_of(spec, name, device) for name in label_teachers(spec.config)]
+        load = busy_teacher_of if self._labels.batch_statistics else folded_teacher_of
+        self._teachers = [load(spec, name, device) for name in label_teachers(spec.config)]
 
     def batch_size(self, image_size: int) -> int:
-        """Views (of a side in pixels) per forward pass, where labels do not couple them."""
-        if self._device.type != "cpu":
-            return self._labels.batch_size
-        return min(self._labels.batch_size, max(16, CPU_PIXELS // image_size**2))
+        """Views (of a side in pixels) per call, where labels do not couple them."""
+        return min(self._labels.batch_size, self._pass_size(image_size))
+
+    def _pass_size(self, image_size: int) -> int:
+        """Views of a forward pass, where they do not depend on each other in it."""
+        is_split = self._device.type == "cpu" and not self._labels.batch_statistics
+        return max(16, CPU_PIXELS // image_size**2) if is_split else sys.maxsize
 
     @property
     def couples(self) -> bool:
@@ -46,11 +51,13 @@ class LabelTeachers:
     def logits(self, shown: Tensor) -> Tensor:
         """Labels (B, K) float32, on the CPU, of views (B, C, H, W)."""
         shown = shown.to(self._device)
+        # What couples labels is a rule, or batch statistics, and not the passes that they come from.
+        parts = shown.chunk(max(1, round(len(shown) / self._pass_size(shown.shape[-1]))))
         with ExitStack() as stack:
             if self._labels.batch_statistics:
                 for teacher in self._teachers:
                     stack.enter_context(batch_statistics(teacher))
-            answers = [teacher(shown) for teacher in self._teachers]
+            answers = [torch.cat([teacher(part) for part in parts]) for teacher in self._teachers]
         return combine(answers, rule=self._labels.rule.name, weights=self._labels.weights or None).cpu()
 
 
