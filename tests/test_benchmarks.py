@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import batching, control_plane, feed, guided_sampling, pipeline, relabel, scaling, synthesis_step
+from benchmarks import (
+    batching,
+    control_plane,
+    feed,
+    guided_sampling,
+    image_bytes,
+    pipeline,
+    relabel,
+    scaling,
+    synthesis_step,
+)
 from prism_ray.cli import compose
 from prism_ray.device_time import duration
 from prism_ray.inspection import plan_text
@@ -36,6 +46,12 @@ def test_a_loader_of_files_shows_what_a_student_is_fed() -> None:
         assert_spread(result[f"loader_over_{own}"])
         assert 0 < result["wait_share"][own] < 1
     assert 0 < result["label_share"] < 1
+
+
+def test_a_shard_of_a_hundred_images_takes_hardly_more_than_their_files() -> None:
+    result = image_bytes.measure("fashion_mnist", num_images=100)
+    assert 0.9 < result["shard_over_files"] < 1.1
+    assert result["manifest_share"] < result["receipt_share"] < 0.01
 
 
 def test_a_recipe_on_paper_takes_what_plan_says(tmp_path: Path) -> None:

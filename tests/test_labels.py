@@ -25,6 +25,7 @@ from prism_ray.options import LabelRule, Mix
 from prism_ray.plan import Unit
 from prism_ray.report.format import format_bytes
 from prism_ray.schema import label_schema, table_bytes, text_metadata
+from prism_ray.stages import views as views_module
 from prism_ray.stages.device import deterministic, teacher_of
 from prism_ray.stages.labels import LabelTeachers, label_table, read_labels
 from prism_ray.stages.relabel import Relabeler
@@ -366,6 +367,20 @@ def test_images_without_augmentation_are_the_stored_ones(images_only: RunSpec) -
     assert clean.dtype == torch.float32
     torch.testing.assert_close(uncropped, clean, atol=1e-6, rtol=0)
     assert torch.equal(clean * 255, (clean * 255).round())
+
+
+@pytest.mark.parametrize("mix", list(Mix))
+def test_views_that_are_drawn_ahead_are_the_same(
+    images_only: RunSpec, mix: Mix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views_module, "DRAWN_AHEAD", 61)
+    spec = with_labels(images_only, mix=mix)
+    plain, ahead = (image_set(spec, spec.units()) for _ in range(2))
+    ahead.draw_ahead()
+    rng = np.random.default_rng(0)
+    for first in (0, 2, 5, 1000):
+        indices, views = rng.permutation(len(plain))[:13], first + rng.integers(0, 5, size=13)
+        assert torch.equal(ahead.views(indices, views, mix=True), plain.views(indices, views, mix=True))
 
 
 def test_a_mixup_view_is_the_blend_of_two_images_of_its_shard(images_only: RunSpec) -> None:

@@ -77,6 +77,7 @@ def read_training_set(spec: RunSpec, shards: dict[str, str]) -> TrainingSet:
         in_memory_gb=config.compute.in_memory_gb,
     )
     images = ImageSet(units, pixels, torch.tensor(class_ids), image_ids, config.labels, config.seed)
+    images.draw_ahead()
     return TrainingSet(units, pixels, images)
 
 

@@ -1,0 +1,78 @@
+"""Size of image shards, and of what a run says of them, beside a folder of the same images as PNG files.
+
+    python benchmarks/image_bytes.py [--cells digits fashion_mnist imagenet_lite] [--images 10 100 1000]
+
+Shards of as many images of a recipe's size, smooth with some noise, and their files. Prints a JSON line per cell and
+number: bytes of an image as a file and in the shard, `shard_over_files`, and the shares of a receipt and of an entry of
+the manifest in the shard. A file system's own blocks, which take up to 4 KiB more for every file, do not count.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import pyarrow as pa  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from benchmarks.measuring import SIZES  # noqa: E402
+from prism_ray.data.imagenet_names import class_names  # noqa: E402
+from prism_ray.data.pixels import encode_png  # noqa: E402
+from prism_ray.ledger import Receipt  # noqa: E402
+from prism_ray.runs import LISTED  # noqa: E402
+from prism_ray.schema import IMAGE_COLUMNS, image_schema, table_bytes  # noqa: E402
+from prism_ray.storage import to_json  # noqa: E402
+
+
+def measure(recipe: str, *, num_images: int) -> dict[str, Any]:
+    side, channels, num_classes = SIZES[recipe]
+    names = class_names() if num_classes == 1000 else [str(n) for n in range(num_classes)]
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(num_images, channels, 6, 6, generator=generator)
+    noise = 0.05 * torch.randn(num_images, channels, side, side, generator=generator)
+    pixels = ((F.interpolate(coarse, size=side, mode="bicubic") + noise).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
+    pngs = [encode_png(image[..., 0] if channels == 1 else image) for image in pixels.numpy()]
+    columns: dict[str, list[Any]] = {name: [None] * num_images for name, _ in IMAGE_COLUMNS}
+    columns["image"] = [{"bytes": png, "path": None} for png in pngs]
+    columns["label"] = [n % num_classes for n in range(num_images)]
+    columns["image_id"] = [f"{n % num_classes:06d}-{n // num_classes:06d}" for n in range(num_images)]
+    shard = table_bytes(pa.table(columns, schema=image_schema(IMAGE_COLUMNS, names)))
+    receipt = Receipt(
+        stage="synthesize",
+        name="train-00000-of-00001",
+        unit_id="0" * 16,
+        key="images/train-00000-of-00001.parquet",
+        rows=num_images,
+        bytes=len(shard),
+        sha256="0" * 64,
+    )
+    as_files = sum(map(len, pngs))
+    return {
+        "cell": recipe,
+        "pixels": side,
+        "images": num_images,
+        "bytes_of_file": round(as_files / num_images, 1),
+        "bytes_in_shard": round(len(shard) / num_images, 1),
+        "shard_over_files": round(len(shard) / as_files, 4),
+        "receipt_share": round(len(to_json(asdict(receipt))) / len(shard), 5),
+        "manifest_share": round(len(to_json({key: getattr(receipt, key) for key in LISTED})) / len(shard), 5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--images", nargs="+", type=int, default=[10, 100, 1000], help="of a shard")
+    options = parser.parse_args()
+    for name in options.cells:
+        for num_images in options.images:
+            print(json.dumps(measure(name, num_images=num_images)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
