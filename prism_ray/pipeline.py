@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from prism_ray import summary
+from prism_ray import garbage, summary
 from prism_ray.artifacts import artifact_facts
 from prism_ray.board import has_board, write_board
 from prism_ray.checks import check_before_start
@@ -161,6 +161,7 @@ def start(command: Command) -> None:
     In the main thread: a local cluster's processes die with the thread that started them, and Ray's core installs
     handlers.
     """
+    garbage.as_usual()
     with handlers_replaced():
         command.runtime.start()
 

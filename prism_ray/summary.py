@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from prism_ray import garbage
 from prism_ray.artifacts import artifact_facts
 from prism_ray.config import label_teachers
 from prism_ray.errors import InputError
@@ -313,6 +314,7 @@ def write_reports(
     Returns:
         The address of the report to look at.
     """
+    garbage.as_usual()
     from prism_ray.report.card import render_card
     from prism_ray.report.html import render_report
     from prism_ray.report.origins import licences_of

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -25,14 +25,19 @@ from prism_ray.runtime.session import Notice, all_nodes, cluster_nodes
 from prism_ray.stages.worker import Worker
 from prism_ray.work import Chain, RunSpec, UnitRef
 
+T = TypeVar("T")
+
 NODE_CACHE_S = 5.0
 ANSWER_S = 5.0
 """Time for the last answer of an actor that leaves with its node; one that is lost is asked for again elsewhere."""
 
+LOOK_S = 0.1
+"""How often Ray Data looks at its tasks."""
+
 MANY, MOST_WAITING = 50, 3
-"""For every so many units per actor one waits at each actor while it makes another, up to the most: Ray Data looks at
-its tasks every 100 ms, and needs two or three looks to replace one. Units are then ready when an actor is, and that it
-may have some more than others at the end weighs little."""
+"""For every so many units per actor one waits at each actor while it makes another, up to the most, because Ray Data
+needs two or three looks to replace one. Units are then ready when an actor is, and that it may have some more than
+others at the end weighs little."""
 
 RESTART_S = 120.0
 """A process that ended starts again within this time, Ray and models included."""
@@ -78,9 +83,13 @@ def run_units(
             ray_remote_args_fn=_in_turn(pools, counts) if len(pools) > 1 else None,
         )
     try:
-        for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
-            for ref, outcome in json.loads(str(batch["outcomes"][0])):
-                yield UnitRef(**ref), Outcome(**outcome)
+        # Not as batches, whose iterator sends statistics of all units so far every few seconds, and keeps them.
+        for bundle in _paced(dataset.iter_internal_ref_bundles()):
+            blocks: list[Any] = [entry.ref for entry in bundle.blocks]
+            for block in ray.get(blocks):
+                (row,) = block["outcomes"].to_pylist()
+                for ref, outcome in json.loads(row):
+                    yield UnitRef(**ref), Outcome(**outcome)
     except ExecutionTimeoutError as error:
         raise PrismError(
             f"no unit ended within {no_progress_s:.0f} s, although compute.unit_timeout_s={compute.unit_timeout_s:g}; "
@@ -88,6 +97,17 @@ def run_units(
         ) from error
     except RayError as error:
         raise PrismError(f"Ray ended the run: {one_line(error)[:300]}; run the same command to continue") from error
+
+
+def _paced(bundles: Iterator[T]) -> Iterator[T]:
+    """The same, asking no more often than Ray Data looks at its tasks: who asks looks a hundred times a second."""
+    asked = time.monotonic()
+    for bundle in bundles:
+        has_waited = time.monotonic() - asked > LOOK_S / 10
+        yield bundle
+        if has_waited:
+            time.sleep(LOOK_S)
+        asked = time.monotonic()
 
 
 def _options(need: Need) -> dict[str, Any]:

@@ -78,17 +78,15 @@ class _Moments(torch.autograd.Function):
     """Mean and biased variance as two plain reductions, with a backward pass that walks the input once.
 
     `torch.var_mean` runs Welford's recurrence number by number on a CPU, and autograd derives five passes from it: a
-    synthesis step spent a third to two thirds of its time there (see benchmarks/synthesis_step.py).
+    synthesis step spent a third to two thirds of its time there (see benchmarks/synthesis_step.py). Without a
+    `setup_context` of its own, for which torch looks at the signature in every call.
     """
 
     @staticmethod
-    def forward(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:  # pyright: ignore
         mean = x.mean(dims, keepdim=True)
+        ctx.save_for_backward(x, mean)
         return mean, (x - mean).square_().mean(dims, keepdim=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, ...]], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], output[0])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
