@@ -14,34 +14,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prism_ray.data.imagenet_names import class_names
+from prism_ray.ledger import Receipt
+from prism_ray.runs import LISTED
+from prism_ray.storage import to_json
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-import pyarrow as pa  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from benchmarks.measuring import SIZES  # noqa: E402
-from prism_ray.data.imagenet_names import class_names  # noqa: E402
-from prism_ray.data.pixels import encode_png  # noqa: E402
-from prism_ray.ledger import Receipt  # noqa: E402
-from prism_ray.runs import LISTED  # noqa: E402
-from prism_ray.schema import IMAGE_COLUMNS, image_schema, table_bytes  # noqa: E402
-from prism_ray.storage import to_json  # noqa: E402
+from benchmarks.measuring import SIZES, drawn_pngs, image_shard  # noqa: E402  # found through the line above
 
 
 def measure(recipe: str, *, num_images: int) -> dict[str, Any]:
     side, channels, num_classes = SIZES[recipe]
     names = class_names() if num_classes == 1000 else [str(n) for n in range(num_classes)]
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(num_images, channels, 6, 6, generator=generator)
-    noise = 0.05 * torch.randn(num_images, channels, side, side, generator=generator)
-    pixels = ((F.interpolate(coarse, size=side, mode="bicubic") + noise).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
-    pngs = [encode_png(image[..., 0] if channels == 1 else image) for image in pixels.numpy()]
-    columns: dict[str, list[Any]] = {name: [None] * num_images for name, _ in IMAGE_COLUMNS}
-    columns["image"] = [{"bytes": png, "path": None} for png in pngs]
-    columns["label"] = [n % num_classes for n in range(num_images)]
-    columns["image_id"] = [f"{n % num_classes:06d}-{n // num_classes:06d}" for n in range(num_images)]
-    shard = table_bytes(pa.table(columns, schema=image_schema(IMAGE_COLUMNS, names)))
+    pngs = drawn_pngs(num_images, side=side, channels=channels, generator=torch.Generator().manual_seed(0))
+    class_ids = [n % num_classes for n in range(num_images)]
+    ids = [f"{class_id:06d}-{n // num_classes:06d}" for n, class_id in enumerate(class_ids)]
+    shard = image_shard(pngs, class_ids, ids, names)
     receipt = Receipt(
         stage="synthesize",
         name="train-00000-of-00001",

@@ -11,12 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn, TypeVar
 
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
 
 from prism_ray.config import TeacherConfig
 from prism_ray.data.imagenet_names import class_names
+from prism_ray.data.pixels import encode_png
 from prism_ray.models.classifier import Classifier, build_classifier
 from prism_ray.models.imagenet_lite import load_imagenet_lite
+from prism_ray.schema import IMAGE_COLUMNS, image_schema, table_bytes
 
 K = TypeVar("K")
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +31,23 @@ SIZES = {"digits": (16, 1, 10), "fashion_mnist": (28, 1, 10), "imagenet_lite": (
 def normalization(channels: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of a channel, for images of one channel or three."""
     return ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if channels == 3 else ([0.286], [0.353])
+
+
+def drawn_pngs(num_images: int, *, side: int, channels: int, generator: torch.Generator) -> list[bytes]:
+    """Smooth random images with some noise, as PNG files."""
+    coarse = torch.rand(num_images, channels, 6, 6, generator=generator)
+    noise = 0.05 * torch.randn(num_images, channels, side, side, generator=generator)
+    pixels = F.interpolate(coarse, size=side, mode="bicubic") + noise
+    images = (pixels.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    return [encode_png(image[..., 0] if channels == 1 else image) for image in images]
+
+
+def image_shard(pngs: Sequence[bytes], class_ids: Sequence[int], image_ids: Sequence[str], names: list[str]) -> bytes:
+    """A shard of images that says no more of them than their classes and ids."""
+    columns: dict[str, list[Any]] = {name: [None] * len(pngs) for name, _ in IMAGE_COLUMNS}
+    columns["image"] = [{"bytes": png, "path": None} for png in pngs]
+    columns["label"], columns["image_id"] = list(class_ids), list(image_ids)
+    return table_bytes(pa.table(columns, schema=image_schema(IMAGE_COLUMNS, names)))
 
 
 def stand_in(model: TeacherConfig, recipe: str, *, seed: int, generator: torch.Generator, batches: int) -> Classifier:

@@ -28,24 +28,31 @@ sys.path[:0] = [str(ROOT)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
 
 import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.measuring import SIZES, circumstances, interleaved, normalization, print_cells, spread, stand_in  # noqa: E402
+from benchmarks.measuring import (  # noqa: E402
+    SIZES,
+    circumstances,
+    drawn_pngs,
+    image_shard,
+    interleaved,
+    normalization,
+    print_cells,
+    spread,
+    stand_in,
+)
 from prism_ray.cli.compose import compose  # noqa: E402
 from prism_ray.config import label_teachers  # noqa: E402
 from prism_ray.data.imagenet_names import class_names  # noqa: E402
-from prism_ray.data.pixels import encode_png  # noqa: E402
 from prism_ray.data.prepared import PreparedDataset  # noqa: E402
 from prism_ray.methods.soft_labels import combine  # noqa: E402
 from prism_ray.methods.views import Cutmix, crop_flip, cutmix  # noqa: E402
 from prism_ray.models.classifier import load_classifier, save_classifier  # noqa: E402
 from prism_ray.options import Mix  # noqa: E402
 from prism_ray.plan import Unit, plan_units  # noqa: E402
-from prism_ray.schema import IMAGE_COLUMNS, image_schema, table_bytes  # noqa: E402
+from prism_ray.schema import table_bytes  # noqa: E402
 from prism_ray.seeds import seed_for  # noqa: E402
 from prism_ray.stages.labels import read_labels  # noqa: E402
 from prism_ray.stages.relabel import Relabeler  # noqa: E402
@@ -107,20 +114,14 @@ def make_scene(folder: Path, recipe: str, num_images: int, settings: Sequence[st
     generator = torch.Generator().manual_seed(0)
     store, names, paths = scene.ledger().store, scene.dataset().class_names, iter(scene.png_paths())
     for unit in scene.units():
-        coarse = torch.rand(len(unit.images), channels, 6, 6, generator=generator)
-        pixels = F.interpolate(coarse, size=side, mode="bicubic") + 0.05 * torch.randn(1, channels, side, side)
-        pngs = []
-        for image in (pixels.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy():
-            pngs.append(encode_png(image[..., 0] if channels == 1 else image))
+        rows = len(unit.images)
+        pngs = drawn_pngs(rows, side=side, channels=channels, generator=generator)
+        for png in pngs:
             path = next(paths)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pngs[-1])
-        rows = len(unit.images)
-        columns: dict[str, list[Any]] = {name: [None] * rows for name, _ in IMAGE_COLUMNS}
-        columns["image"] = [{"bytes": png, "path": None} for png in pngs]
-        columns["label"] = [image.class_id for image in unit.images]
-        columns["image_id"] = [image.image_id for image in unit.images]
-        data = table_bytes(pa.table(columns, schema=image_schema(IMAGE_COLUMNS, names)))
+            path.write_bytes(png)
+        class_ids, ids = [image.class_id for image in unit.images], [image.image_id for image in unit.images]
+        data = image_shard(pngs, class_ids, ids, names)
         receipt = replace(image_receipt(unit), rows=rows, bytes=len(data), sha256=sha256_of(data))
         store.put(receipt.key, data)
         scene.ledger().write_receipt(receipt)

@@ -82,6 +82,7 @@ def config_hash(config: Config) -> str:
 
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+"""Made once: `json.dumps` makes one in every call, and a plan hashes each of its units twice."""
 
 
 def content_hash(content: Any) -> str:

@@ -83,7 +83,7 @@ class _Moments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:  # pyright: ignore
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         mean = x.mean(dims, keepdim=True)
         ctx.save_for_backward(x, mean)
         return mean, (x - mean).square_().mean(dims, keepdim=True)
