@@ -9,7 +9,8 @@ Cells, each a JSON line of medians (least, largest) over rounds in turn:
   files, without ledger, checksum or sync.
 - `short`: the same with units of about 100 ms.
 - `pair`: two actors of one thread beside two bare processes of one thread and beside one actor. `ratio`: units per
-  second of the actors over those of the processes.
+  second of the actors over those of the processes. The sides of a round run at once, but only one goes on at a time,
+  for 8 seconds, while the others are stopped. `cores`: CPU time of the processes that make units, per second.
 - `publish`: attempt, checksum, sync, receipt and footer check of such a unit, in milliseconds, and as a share of units
   of 10 s, 1 s and 100 ms.
 - `finished`: seconds of the whole command on a run of 10,000 units that is done, and of the same command on one of 20.
@@ -23,13 +24,14 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
 
+import psutil  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
@@ -52,6 +55,8 @@ from prism_ray.runs import open_run  # noqa: E402
 from prism_ray.stages.synthesize import Synthesizer  # noqa: E402
 from prism_ray.work import RunSpec, image_receipt  # noqa: E402
 
+RECEIPTS = "runs/*/receipts/synthesize/*.json"
+TURN_S = 8.0
 CELLS = ("long", "short", "pair", "publish", "finished")
 BATCH = 50
 RECIPE = ["recipe=digits", "method=sre2l", "method.batch_plan=single_class"]
@@ -89,12 +94,19 @@ class Lab:
         return between(stamps, 1) / 200
 
 
+def run_command(storage: Path, settings: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "prism_ray", "run", *settings, f"storage={storage}"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+
+
 def product(storage: Path, settings: Sequence[str]) -> tuple[float, float]:
     """Run the product's own command; when it began, and its seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
     began = time.time()
-    command = [sys.executable, "-m", "prism_ray", "run", *settings, f"storage={storage}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = run_command(storage, settings)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-500:]}{done.stderr[-2000:]}"
@@ -114,7 +126,7 @@ def spec_of(settings: Sequence[str]) -> RunSpec:
         return run.spec()
 
 
-def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1, wait: bool = False) -> list[float]:
+def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1) -> list[float]:
     """The bare loop over every `parts`-th unit: when each file was written."""
     spec = spec_of(settings)
     units, synthesizer, stamps = spec.units()[part::parts], Synthesizer(spec), []
@@ -123,9 +135,6 @@ def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1
         pq.write_table(table, path)
         stamps.append(time.time())
 
-    if wait:  # for the other process
-        print("ready", flush=True)
-        sys.stdin.readline()
     with ThreadPoolExecutor(1) as writer:
         for unit in units:
             table, _ = synthesizer.compute(unit)
@@ -133,52 +142,111 @@ def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1
     return stamps
 
 
-def bare(lab: Lab, *, processes: int, units: int, iterations: int) -> dict[str, float]:
-    """Seconds per unit of processes that share the units."""
+def bare(lab: Lab, *, units: int, iterations: int) -> dict[str, float]:
+    """Seconds per unit of one process."""
     storage = lab.fresh()
     settings = lab.settings(storage, units=units, iterations=iterations)
-    spec_of(settings)  # what the processes find
-    command = [sys.executable, __file__, "--loop", json.dumps(settings), str(storage)]
-    running = [
-        subprocess.Popen([*command, str(n), str(processes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for n in range(processes)
-    ]
-    try:
-        for each in running:
-            assert each.stdout is not None
-            assert each.stdout.readline() == "ready\n"
-        for each in running:
-            assert each.stdin is not None
-            each.stdin.write("go\n")
-            each.stdin.flush()
-        stamps = [stamp for each in running for stamp in json.loads(each.communicate()[0])]
-    finally:
-        for each in running:
-            each.kill()
-            each.wait()
+    spec_of(settings)  # what the process finds
+    done = subprocess.run(loop_command(settings, storage), stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(f"the bare loop ended with {done.returncode}")
+    unit_s = between([file.stat().st_mtime for file in storage.glob("*.parquet")], 1)
     shutil.rmtree(storage)
-    return {"unit_s": between(stamps, processes)}
+    return {"unit_s": unit_s}
 
 
-def on_ray(lab: Lab, *, actors: int, units: int, iterations: int) -> dict[str, float]:
-    """Seconds per unit of a run, the share of them that its receipts count as making, and its start."""
+def loop_command(settings: Sequence[str], storage: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    return [sys.executable, __file__, "--loop", json.dumps(settings), str(storage), str(part), str(parts)]
+
+
+def on_ray(lab: Lab, *, units: int, iterations: int) -> dict[str, float]:
+    """Seconds per unit of a run with one actor, the share of them that its receipts count as making, and its start."""
     storage = lab.fresh()
-    settings = lab.settings(storage, units=units, iterations=iterations)
-    began, seconds = product(
-        storage, [*settings, "compute=ray", f"compute.actors={actors}", "compute.threads=1", "compute.cpus=2"]
-    )
-    files = list(storage.glob("runs/*/receipts/synthesize/*.json"))
+    began, seconds = product(storage, ray_settings(lab, storage, actors=1, units=units, iterations=iterations))
+    files = list(storage.glob(RECEIPTS))
     assert len(files) == units
     ended = sorted((file.stat().st_mtime, json.loads(file.read_text())["seconds"]) for file in files)
     stamps, made = zip(*ended, strict=True)
-    unit_s = between(stamps, actors)
+    unit_s = between(stamps, 1)
     shutil.rmtree(storage)
     return {
         "unit_s": unit_s,
-        "making": fmean(made[actors:]) / actors / unit_s,  # of the units in the same time
+        "making": fmean(made[1:]) / unit_s,  # of the units in the same time
         "start_s": stamps[0] - began - made[0],
         "end_s": began + seconds - stamps[-1],
     }
+
+
+def ray_settings(lab: Lab, storage: Path, *, actors: int, units: int, iterations: int) -> list[str]:
+    placed = ["compute=ray", f"compute.actors={actors}", "compute.threads=1", "compute.cpus=2"]
+    return [*lab.settings(storage, units=units, iterations=iterations), *placed]
+
+
+class Side:
+    """Commands whose units leave files, with all that they start: stopped and let go on from outside.
+
+    Sides that go on in turn for seconds see the same machine; whole commands one after the other don't, where another
+    guest of the host comes and goes.
+    """
+
+    def __init__(self, commands: Sequence[Sequence[str]], storage: Path, pattern: str, *, workers: int) -> None:
+        self._storage, self._pattern, self._workers = storage, pattern, workers
+        self._roots = [psutil.Popen(each, env=environment(), stdout=subprocess.DEVNULL) for each in commands]
+
+    def stamps(self) -> list[float]:
+        return sorted(file.stat().st_mtime for file in self._storage.glob(self._pattern))
+
+    def is_ended(self) -> bool:
+        return any(root.poll() is not None for root in self._roots)
+
+    def wait_and_stop(self) -> None:
+        """Let it make two units per worker, and stop it."""
+        while len(self.stamps()) < 2 * self._workers:
+            if self.is_ended():
+                raise SystemExit(f"{self._roots[0].args} ended before its first units were made")
+            time.sleep(0.2)
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self, seconds: float) -> dict[str, float]:
+        """Seconds per unit while it went on for so long, and cores that processes which make units had."""
+        before = self._makers_cpu_s()
+        began = time.time()
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+        made = [stamp for stamp in self.stamps() if stamp >= began]
+        if self.is_ended() or len(made) < 2 * self._workers:
+            raise SystemExit(
+                f"{len(made)} units in {seconds:g} s: units are too long or too few; see --seconds, --units"
+            )
+        return {"unit_s": between(made, self._workers), "cores": (self._makers_cpu_s() - before) / seconds}
+
+    def end(self) -> None:
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for root in self._roots:
+            root.wait()
+
+    def _makers_cpu_s(self) -> float:
+        makers = [
+            each
+            for each in self._family()
+            if any(part.startswith(("--loop", "ray::MapWorker")) for part in each.cmdline())
+        ]
+        return sum(sum(each.cpu_times()[:2]) for each in makers)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._family():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def _family(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for root in self._roots:
+            with suppress(psutil.NoSuchProcess):
+                found += [root, *root.children(recursive=True)]
+        return found
 
 
 def between(stamps: Sequence[float], workers: int) -> float:
@@ -200,7 +268,7 @@ def in_turn(sides: dict[str, Callable[[], dict[str, float]]], *, pairs: int) -> 
 def one_actor(lab: Lab, *, unit_s: float, units: int, pairs: int) -> dict[str, Any]:
     iterations = max(1, round(unit_s / lab.step_s()))
     same = {"units": units, "iterations": iterations}
-    sides = {"ray": partial(on_ray, lab, actors=1, **same), "bare": partial(bare, lab, processes=1, **same)}
+    sides = {"ray": partial(on_ray, lab, **same), "bare": partial(bare, lab, **same)}
     found = in_turn(sides, pairs=pairs)
     publish_s = publishing(lab)
     return {
@@ -214,22 +282,50 @@ def one_actor(lab: Lab, *, unit_s: float, units: int, pairs: int) -> dict[str, A
     }
 
 
-def two_actors(lab: Lab, *, unit_s: float, units: int, pairs: int) -> dict[str, Any]:
+def two_actors(lab: Lab, *, unit_s: float, units: int, pairs: int, turn_s: float = TURN_S) -> dict[str, Any]:
     iterations = max(1, round(unit_s / lab.step_s()))
     same = {"units": units, "iterations": iterations}
-    sides = {
-        "two actors": partial(on_ray, lab, actors=2, **same),
-        "two processes": partial(bare, lab, processes=2, **same),
-        "one actor": partial(on_ray, lab, actors=1, units=max(2, units // 2), iterations=iterations),
-    }
-    found = in_turn(sides, pairs=pairs)
-    seconds = {name: [each["unit_s"] for each in own] for name, own in found.items()}
+    found = [beside_processes(lab, **same, turn_s=turn_s) for _ in range(pairs)]
     return {
         **same,
-        "unit_s": {name: spread(own) for name, own in seconds.items()},
-        "ratio": spread([b / a for a, b in zip(seconds["two actors"], seconds["two processes"], strict=True)]),
-        "over_one_actor": spread([b / a for a, b in zip(seconds["two actors"], seconds["one actor"], strict=True)]),
+        "unit_s": {name: spread([each[name]["unit_s"] for each in found]) for name in found[0]},
+        "cores": {name: spread([each[name]["cores"] for each in found]) for name in found[0]},
+        "ratio": spread([each["two processes"]["unit_s"] / each["two actors"]["unit_s"] for each in found]),
+        "over_one_actor": spread([each["one actor"]["unit_s"] / each["two actors"]["unit_s"] for each in found]),
     }
+
+
+def beside_processes(lab: Lab, *, units: int, iterations: int, turn_s: float) -> dict[str, dict[str, float]]:
+    """What `Side.go_on` says of two actors, two bare processes and one actor, all just started, that go on in turn."""
+    storages = [lab.fresh() for _ in range(3)]
+
+    def on_actors(actors: int, storage: Path) -> Side:
+        settings = ray_settings(lab, storage, actors=actors, units=units, iterations=iterations)
+        return Side([run_command(storage, settings)], storage, RECEIPTS, workers=actors)
+
+    def processes(storage: Path) -> Side:
+        settings = lab.settings(storage, units=units, iterations=iterations)
+        spec_of(settings)  # what the processes find
+        commands = [loop_command(settings, storage, part=part, parts=2) for part in range(2)]
+        return Side(commands, storage, "*.parquet", workers=2)
+
+    begin: dict[str, Callable[[Path], Side]] = {
+        "two actors": partial(on_actors, 2),
+        "two processes": processes,
+        "one actor": partial(on_actors, 1),
+    }
+    sides: dict[str, Side] = {}
+    try:
+        for (name, beginning), storage in zip(begin.items(), storages, strict=True):
+            sides[name] = beginning(storage)
+            sides[name].wait_and_stop()
+        found = in_turn({name: partial(side.go_on, turn_s) for name, side in sides.items()}, pairs=2)
+    finally:
+        for side in sides.values():
+            side.end()
+        for storage in storages:
+            shutil.rmtree(storage)
+    return {name: {key: fmean(each[key] for each in own) for key in own[0]} for name, own in found.items()}
 
 
 def publishing(lab: Lab, *, repeats: int = 30) -> float:
@@ -269,14 +365,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", metavar="CELL", default=[], help=f"of {', '.join(CELLS)}; all otherwise")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--seconds", type=float, help="of a unit of `long` (10) and `pair` (2)")
-    parser.add_argument("--units", type=int, help="of `long` (3), `short` (200), `pair` (8) and `finished` (10000)")
+    parser.add_argument("--seconds", type=float, help="of a unit of `long` (10) and `pair` (0.5)")
+    parser.add_argument("--units", type=int, help="of `long` (3), `short` (200), `pair` (200) and `finished` (10000)")
     parser.add_argument("--folder", type=Path, help="where storages are kept; a temporary folder otherwise")
     parser.add_argument("--loop", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
         settings, folder, part, parts = options.loop
-        print(json.dumps(loop(json.loads(settings), Path(folder), part=int(part), parts=int(parts), wait=True)))
+        loop(json.loads(settings), Path(folder), part=int(part), parts=int(parts))
         return
     if unknown := set(options.cells) - set(CELLS):
         parser.error(f"unknown cells {', '.join(sorted(unknown))}; known: {', '.join(CELLS)}")
@@ -286,7 +382,7 @@ def main() -> None:
         cells: dict[str, Callable[[], dict[str, Any]]] = {
             "long": lambda: one_actor(lab, unit_s=seconds or 10.0, units=units or 3, pairs=pairs),
             "short": lambda: one_actor(lab, unit_s=0.1, units=units or 200, pairs=pairs),
-            "pair": lambda: two_actors(lab, unit_s=seconds or 2.0, units=units or 8, pairs=pairs),
+            "pair": lambda: two_actors(lab, unit_s=seconds or 0.5, units=units or 200, pairs=pairs),
             "publish": lambda: publish(lab, pairs=pairs),
             "finished": lambda: finished(lab, units=units or 10_000, pairs=pairs),
         }

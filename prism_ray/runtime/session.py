@@ -236,6 +236,9 @@ def start(compute: ComputeConfig) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # What a dashboard would show of tasks and of Ray's own events; both cost CPU time of the cores that work.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        os.environ.setdefault("RAY_event_stats", "0")
         cpus, gpus = local_resources(compute)
         options |= {"address": "local", "num_cpus": int(cpus), "num_gpus": int(gpus), "_node_ip_address": "127.0.0.1"}
         options |= {"include_dashboard": False, "object_store_memory": 256 << 20}

@@ -59,6 +59,8 @@ def run_units(
     # themselves in time; this is for actors that never start, and long enough for one that fails as often as it may.
     context = ray.data.DataContext.get_current()
     context.execution_options.verbose_progress = False
+    # A share of the cluster for each operator, counted anew at every look: there is one operator.
+    context.op_resource_reservation_enabled = False
     tries = compute.max_attempts * max(len(chain) for chain in chains)
     no_progress_s = tries * (compute.unit_timeout_s + RESTART_S)
     context.execution_no_progress_timeout_s = no_progress_s
