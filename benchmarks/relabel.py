@@ -1,6 +1,6 @@
 """CPU time of labelling images in many views: the product's stage against a naive loop over views.
 
-    python benchmarks/relabel.py [--cells digits imagenet_lite ...] [--pairs 7]
+    python benchmarks/relabel.py [--cells digits fashion_mnist fashion_mnist_frobenius imagenet_lite] [--pairs 7]
 
 The same teachers, images, views, crops, precision (fp32) and thread for both. `naive` is written from the description
 of FKD's program: in every view it opens every image again, crops, resizes and flips one after another, mixes, runs each
@@ -60,14 +60,12 @@ from prism_ray.storage import sha256_of  # noqa: E402
 from prism_ray.work import RunSpec, image_receipt, label_receipt  # noqa: E402
 
 TOLERANCE = 1e-4
-LITE = ("labels=sre2l", "labels.teachers=[lite0,lite1]")
 CELLS = {
     # Name: recipe, images, views, settings.
     "digits": ("digits", 100, 12, ()),
     "fashion_mnist": ("fashion_mnist", 100, 12, ("labels=recommended",)),
     "fashion_mnist_frobenius": ("fashion_mnist", 100, 12, ("labels=prism_released",)),
-    "imagenet_lite": ("imagenet_lite", 16, 3, LITE),
-    "imagenet_lite_compiled": ("imagenet_lite", 16, 3, (*LITE, "labels.compile=true")),
+    "imagenet_lite": ("imagenet_lite", 16, 3, ("labels=sre2l", "labels.teachers=[lite0,lite1]")),
 }
 
 

@@ -433,11 +433,6 @@ class LabelsConfig:
         doc="most views per forward pass, where the rule doesn't couple images; a CPU takes fewer, as its caches hold",
         check=at_least_one,
     )
-    compile: bool = setting(
-        False,
-        doc="torch.compile the label teachers for passes of that size, of which the last is filled up: up to a minute "
-        "for each at an actor's start, less time per view",
-    )
 
 
 @dataclass(kw_only=True)

@@ -379,8 +379,6 @@ def _check_labels(config: Config) -> None:
             f"{setting}: couples the images of a shard, which labels.online=true never sees together; "
             "store labels, or use rule=mean without batch_statistics"
         )
-    if labels.batch_statistics and labels.compile:
-        raise InputError("labels.compile=true: compiled passes hold no labels.batch_statistics=true; leave one out")
     if labels.batch_statistics and not any(config.teachers.models[name].batch_norm for name in names):
         raise InputError(
             f"labels.batch_statistics=true: no label teacher ({', '.join(names)}) has batch norm; leave it out"

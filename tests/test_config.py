@@ -255,7 +255,6 @@ def test_real_images_need_no_batch_norm_and_no_auxiliary() -> None:
         ),
         ("method.compile=true method.conv_statistics=true", ["method.compile=true", "method.conv_statistics=true"]),
         ("method.compile=true method.statistics_ema=0.5", ["method.compile=true", "method.statistics_ema=0.5"]),
-        ("labels.compile=true labels.batch_statistics=true", ["labels.compile=true", "labels.batch_statistics=true"]),
         ("method=random_real method.selection=herding", ["method.selection=herding", "engine=initial"]),
         ("method.init=generated", ["method.init=generated", "method.init_run=null", "name of a run"]),
         ("method.init_run=other", ["method.init=real", "method.init_run=other"]),

@@ -180,42 +180,6 @@ def test_the_batch_size_of_relabel_changes_no_coupled_label(labelled: Labelled) 
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("settings", [{}, {"rule": LabelRule.frobenius}, {"batch_size": 7}])
-def test_compiled_teachers_see_passes_of_one_shape_and_say_the_same(
-    labelled: Labelled, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = labelled(**settings)
-    shapes: set[torch.Size] = set()
-
-    def observed(module: torch.nn.Module, **_: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        def run(images: torch.Tensor) -> torch.Tensor:
-            shapes.add(images.shape)
-            return module(images)
-
-        return run
-
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    monkeypatch.setattr(torch, "compile", observed)
-    compiled = labelled(**settings, compile=True)
-    assert len(shapes) == 1
-    assert_same_labels(plain, compiled)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_compiled_teachers_say_the_same(labelled: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    assert_same_labels(labelled(), labelled(compile=True))
-
-
-def assert_same_labels(first: RunSpec, second: RunSpec) -> None:
-    own, other = (read_labels(spec.ledger(), spec.config, spec.units(), NUM_CLASSES) for spec in (first, second))
-    rows = np.arange(len(own))
-    for view in range(NUM_VIEWS):
-        views = np.full(len(own), view)
-        assert_as_stored(other.logits(rows, views), own.logits(rows, views))
-
-
 def test_batch_statistics_leave_the_shared_teachers_as_they_were(labelled: Labelled, images_only: RunSpec) -> None:
     teacher = teacher_of(images_only, "vgg", CPU)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

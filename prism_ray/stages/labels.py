@@ -1,7 +1,7 @@
 """Labels as students get them: computed by the label teachers, or read back from label shards."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -17,7 +17,7 @@ from prism_ray.methods.soft_labels import Codec, combine
 from prism_ray.options import LabelRule
 from prism_ray.plan import Unit
 from prism_ray.schema import label_schema, text_metadata
-from prism_ray.stages.device import busy_teacher_of, compile_here, folded_teacher_of
+from prism_ray.stages.device import busy_teacher_of, folded_teacher_of
 from prism_ray.stages.views import views_hash
 from prism_ray.work import RunSpec
 
@@ -32,10 +32,6 @@ class LabelTeachers:
         self._labels, self._device = spec.config.labels, device
         load = busy_teacher_of if self._labels.batch_statistics else folded_teacher_of
         self._teachers = [load(spec, name, device) for name in label_teachers(spec.config)]
-        self._passes: list[Callable[[Tensor], Tensor]] = list(self._teachers)
-        if self._labels.compile:
-            compile_here()
-            self._passes = [torch.compile(teacher, dynamic=False) for teacher in self._teachers]
 
     def batch_size(self, image_size: int) -> int:
         """Views (of a side in pixels) per call, where labels do not couple them."""
@@ -56,22 +52,13 @@ class LabelTeachers:
         """Labels (B, K) float32, on the CPU, of views (B, C, H, W)."""
         shown = shown.to(self._device)
         # What couples labels is a rule, or batch statistics, and not the passes that they come from.
-        if self._labels.compile:
-            parts = _alike(shown, self.batch_size(shown.shape[-1]))
-        else:
-            parts = shown.chunk(max(1, round(len(shown) / self._pass_size(shown.shape[-1]))))
+        parts = shown.chunk(max(1, round(len(shown) / self._pass_size(shown.shape[-1]))))
         with ExitStack() as stack:
             if self._labels.batch_statistics:
                 for teacher in self._teachers:
                     stack.enter_context(batch_statistics(teacher))
-            answers = [torch.cat([run(part) for part in parts])[: len(shown)] for run in self._passes]
+            answers = [torch.cat([teacher(part) for part in parts]) for teacher in self._teachers]
         return combine(answers, rule=self._labels.rule.name, weights=self._labels.weights or None).cpu()
-
-
-def _alike(views: Tensor, size: int) -> Sequence[Tensor]:
-    """Parts of one size, as each is compiled for its own; the last is filled up with a view that is there."""
-    missing = -len(views) % size
-    return torch.cat([views, views[:1].expand(missing, -1, -1, -1)]).split(size)
 
 
 class StoredLabels:
