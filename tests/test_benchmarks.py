@@ -146,6 +146,10 @@ def test_a_run_on_ray_is_put_beside_a_loop_over_the_same_units(tmp_path: Path) -
     assert_spread(result["ratio"])
     assert 0 < result["making"][0] < 1
     assert result["start_s"][0] > 0
+    pair = pipeline.two_actors(lab, unit_s=0.1, units=400, pairs=1, turn_s=3)
+    assert_spread(pair["ratio"])
+    assert_spread(pair["over_one_actor"])
+    assert all(0 < cores[0] < 2.5 for cores in pair["cores"].values())
     assert 0 < pipeline.publish(lab, pairs=1)["ms"][0] < 5000
     again = pipeline.finished(lab, units=20, pairs=1)
     assert again["s"].keys() == {"20"}
