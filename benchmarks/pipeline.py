@@ -37,12 +37,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported: what follows comes after it
 
-import psutil  # noqa: E402
-import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 from benchmarks.measuring import circumstances, spread  # noqa: E402
@@ -55,6 +55,7 @@ from prism_ray.runs import open_run  # noqa: E402
 from prism_ray.stages.synthesize import Synthesizer  # noqa: E402
 from prism_ray.work import RunSpec, image_receipt  # noqa: E402
 
+SHARDS = "*.parquet"  # of a bare loop
 RECEIPTS = "runs/*/receipts/synthesize/*.json"
 TURN_S = 8.0
 CELLS = ("long", "short", "pair", "publish", "finished")
@@ -90,8 +91,8 @@ class Lab:
     def step_s(self) -> float:
         """Seconds of an iteration on this machine."""
         storage = self.fresh()
-        stamps = loop(self.settings(storage, units=3, iterations=200), storage)
-        return between(stamps, 1) / 200
+        loop(self.settings(storage, units=3, iterations=200), storage)
+        return between(stamps_of(storage, SHARDS), 1) / 200
 
 
 def run_command(storage: Path, settings: Sequence[str]) -> list[str]:
@@ -126,20 +127,14 @@ def spec_of(settings: Sequence[str]) -> RunSpec:
         return run.spec()
 
 
-def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1) -> list[float]:
-    """The bare loop over every `parts`-th unit: when each file was written."""
+def loop(settings: Sequence[str], folder: Path, *, part: int = 0, parts: int = 1) -> None:
+    """The bare loop over every `parts`-th unit."""
     spec = spec_of(settings)
-    units, synthesizer, stamps = spec.units()[part::parts], Synthesizer(spec), []
-
-    def write(table: pa.Table, path: Path) -> None:
-        pq.write_table(table, path)
-        stamps.append(time.time())
-
+    units, synthesizer = spec.units()[part::parts], Synthesizer(spec)
     with ThreadPoolExecutor(1) as writer:
         for unit in units:
             table, _ = synthesizer.compute(unit)
-            writer.submit(write, table, folder / f"{unit.name}.parquet")
-    return stamps
+            writer.submit(pq.write_table, table, folder / f"{unit.name}.parquet")
 
 
 def bare(lab: Lab, *, units: int, iterations: int) -> dict[str, float]:
@@ -150,7 +145,7 @@ def bare(lab: Lab, *, units: int, iterations: int) -> dict[str, float]:
     done = subprocess.run(loop_command(settings, storage), stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise SystemExit(f"the bare loop ended with {done.returncode}")
-    unit_s = between([file.stat().st_mtime for file in storage.glob("*.parquet")], 1)
+    unit_s = between(stamps_of(storage, SHARDS), 1)
     shutil.rmtree(storage)
     return {"unit_s": unit_s}
 
@@ -194,7 +189,7 @@ class Side:
         self._roots = [psutil.Popen(each, env=environment(), stdout=subprocess.DEVNULL) for each in commands]
 
     def stamps(self) -> list[float]:
-        return sorted(file.stat().st_mtime for file in self._storage.glob(self._pattern))
+        return stamps_of(self._storage, self._pattern)
 
     def is_ended(self) -> bool:
         return any(root.poll() is not None for root in self._roots)
@@ -222,11 +217,13 @@ class Side:
         return {"unit_s": between(made, self._workers), "cores": (self._makers_cpu_s() - before) / seconds}
 
     def end(self) -> None:
+        """Kill all its processes, and remove what they wrote."""
         for process in self._family():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         for root in self._roots:
             root.wait()
+        shutil.rmtree(self._storage)
 
     def _makers_cpu_s(self) -> float:
         makers = [
@@ -247,6 +244,11 @@ class Side:
             with suppress(psutil.NoSuchProcess):
                 found += [root, *root.children(recursive=True)]
         return found
+
+
+def stamps_of(folder: Path, pattern: str) -> list[float]:
+    """When the files that units leave were written."""
+    return sorted(file.stat().st_mtime for file in folder.glob(pattern))
 
 
 def between(stamps: Sequence[float], workers: int) -> float:
@@ -297,34 +299,29 @@ def two_actors(lab: Lab, *, unit_s: float, units: int, pairs: int, turn_s: float
 
 def beside_processes(lab: Lab, *, units: int, iterations: int, turn_s: float) -> dict[str, dict[str, float]]:
     """What `Side.go_on` says of two actors, two bare processes and one actor, all just started, that go on in turn."""
-    storages = [lab.fresh() for _ in range(3)]
 
-    def on_actors(actors: int, storage: Path) -> Side:
+    def on_actors(actors: int) -> Side:
+        storage = lab.fresh()
         settings = ray_settings(lab, storage, actors=actors, units=units, iterations=iterations)
         return Side([run_command(storage, settings)], storage, RECEIPTS, workers=actors)
 
-    def processes(storage: Path) -> Side:
+    def processes() -> Side:
+        storage = lab.fresh()
         settings = lab.settings(storage, units=units, iterations=iterations)
         spec_of(settings)  # what the processes find
         commands = [loop_command(settings, storage, part=part, parts=2) for part in range(2)]
-        return Side(commands, storage, "*.parquet", workers=2)
+        return Side(commands, storage, SHARDS, workers=2)
 
-    begin: dict[str, Callable[[Path], Side]] = {
-        "two actors": partial(on_actors, 2),
-        "two processes": processes,
-        "one actor": partial(on_actors, 1),
-    }
+    begin = {"two actors": partial(on_actors, 2), "two processes": processes, "one actor": partial(on_actors, 1)}
     sides: dict[str, Side] = {}
     try:
-        for (name, beginning), storage in zip(begin.items(), storages, strict=True):
-            sides[name] = beginning(storage)
+        for name, beginning in begin.items():
+            sides[name] = beginning()
             sides[name].wait_and_stop()
         found = in_turn({name: partial(side.go_on, turn_s) for name, side in sides.items()}, pairs=2)
     finally:
         for side in sides.values():
             side.end()
-        for storage in storages:
-            shutil.rmtree(storage)
     return {name: {key: fmean(each[key] for each in own) for key in own[0]} for name, own in found.items()}
 
 
